@@ -1,0 +1,54 @@
+# Needs make and a Python ≥ 3.11 with venv; everything else is installed into .venv.
+# Another Python: make PYTHON=/path/to/python3.12 up
+PYTHON ?= python3
+RUN := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help up down test nightly check bench engines chaos setup setup-dev
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
+
+up: setup ## start the panel and stay in front; Ctrl-C stops it, engines go on
+	@unset PYTHONDONTWRITEBYTECODE; exec $(RUN) manage.py up
+
+down: setup ## stop the panel and every engine
+	@exec $(RUN) manage.py down
+
+# One test waits for a panel or an engine while another computes. Which keep to one worker: tests/conftest.py.
+test: setup-dev ## the whole test suite; ARGS="tests/jobs -x" for a part of it
+ifdef ARGS
+	@exec $(RUN) -m pytest $(ARGS)
+else
+	@exec $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+endif
+
+nightly: setup-dev engines ## the tests that take minutes and gigabytes: installing vLLM, vLLM under Ray Serve, Open WebUI
+	@RIGPANEL_NIGHTLY=1 RIGPANEL_REQUIRE_REAL=1 exec timeout 3600 $(RUN) -m pytest -m nightly $(ARGS)
+
+check: setup-dev ## lint, types, import contracts, migrations, deployment checks, templates
+	@set -e; data=$$(mktemp -d); trap 'rm -rf "$$data"' EXIT; export RIGPANEL_DATA_DIR="$$data"; \
+	run() { echo "== $$*"; "$$@"; }; \
+	run .venv/bin/ruff check .; \
+	run .venv/bin/ruff format --check .; \
+	run .venv/bin/mypy; \
+	run .venv/bin/lint-imports; \
+	run $(RUN) manage.py makemigrations --check --dry-run; \
+	run env RIGPANEL_PUBLIC_URL=https://rig.example $(RUN) manage.py check --deploy --fail-level WARNING; \
+	run .venv/bin/djade --check --target-version 5.2 $$(find templates -name '*.html')
+
+bench: setup-dev ## the published figures, measured here
+	@exec $(RUN) -m benchmarks $(ARGS)
+
+chaos: setup-dev ## random clicks and accidents against a whole panel; ROUNDS=1000 SEED=7 WORLDS=3 KEEP_GOING=1, one round again: FIRST=12 ROUNDS=13
+	@CHAOS_ROUNDS=$(ROUNDS) CHAOS_SEED=$(SEED) CHAOS_FIRST=$(FIRST) CHAOS_REAL_ROUNDS=$(REAL) \
+	CHAOS_WORLDS=$(WORLDS) CHAOS_KEEP_GOING=$(KEEP_GOING) \
+	exec $(RUN) -m pytest -s tests/chaos/test_chaos.py tests/chaos/test_real_engine.py
+
+engines: ## the smallest real engine and its model for tests, into .engines
+	@$(PYTHON) bootstrap.py --engines
+
+setup:
+	@$(PYTHON) bootstrap.py
+
+setup-dev:
+	@$(PYTHON) bootstrap.py --dev

@@ -1,0 +1,29 @@
+"""Who owes a stopped model its return, when switches supersede one another.
+
+A superseded switch leaves the bringing back to the one that superseded it; that one may be superseded, refused
+or cancelled in its turn. So the debt is read from the whole chain, never copied.
+"""
+
+from __future__ import annotations
+
+from apps.jobs.models import Job
+
+
+def owed(job: Job) -> list[int]:
+    """Version ids that this switch and those before it in the chain stopped."""
+    own = list(job.data.get("fallback", [])) if job.data.get("stopped_old") else []
+    return list(dict.fromkeys([*inherited(job), *own]))
+
+
+def inherited(job: Job) -> list[int]:
+    """Version ids that superseded switches stopped and left to this one."""
+    return list(dict.fromkeys(v for earlier in job.supersedes.order_by("pk") for v in owed(earlier)))
+
+
+def heir(job: Job) -> Job | None:
+    """The switch that takes over from a superseded one: the end of the chain if that still lives."""
+    last, seen = job, {job.pk}
+    while last.superseded_by is not None and last.superseded_by_id not in seen:
+        last = last.superseded_by
+        seen.add(last.pk)
+    return last if last.pk != job.pk and not last.is_final else None

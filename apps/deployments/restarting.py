@@ -1,0 +1,130 @@
+"""Starting again what died: as an ordinary switch to the same version, asked for by the panel.
+
+So a restart holds traffic, waits for the memory, tests and routes like every switch, can be seen and cancelled like
+one, and gives way to what a person asks for. It never takes a card from what runs.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+
+from apps.audit.services import record
+from apps.common.actors import PANEL
+from apps.common.realtime import page_changed
+from apps.deployments import routes
+from apps.deployments.decide import Act, Decision, Observation, Policy, decide
+from apps.deployments.models import Deployment, Desired, RestartPolicy, Status
+from apps.deployments.pauses import pause_words, paused_cards
+from apps.deployments.switch import exclusion
+from apps.deployments.switch_sleep import effect_of
+from apps.jobs.estimates import typical_seconds
+from apps.jobs.models import LIVE_STATES, Job
+from apps.jobs.services import job_create
+from apps.profiles.models import Profile
+from apps.rigs.models import Rig
+
+REPLICA_RESTART = "restart"  # the kind of job that starts one replica again while the others serve
+ENGINE_JOBS = ("switch", "stop", REPLICA_RESTART)  # the kinds that move engines: of one rig at most one runs
+
+
+def policy_of(profile: Profile) -> RestartPolicy:
+    """The profile's row, or one with the defaults that is not stored."""
+    return RestartPolicy.objects.filter(profile=profile).first() or RestartPolicy(profile=profile)
+
+
+def plain(policy: RestartPolicy) -> Policy:
+    return Policy(policy.restarts, policy.window_seconds, policy.backoff_seconds, policy.probe_failures)
+
+
+def engines_busy(rig: Rig) -> bool:
+    """A job that moves engines waits or runs on this rig."""
+    return Job.objects.filter(rig_name=rig.slug, state__in=LIVE_STATES, kind__in=ENGINE_JOBS).exists()
+
+
+def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
+    """Decide about a deployment that has failed though it should serve, and act on it. Call it as often as you like."""
+    rig, profile = deployment.rig, deployment.version.profile
+    later = Deployment.objects.filter(rig=rig, pk__gt=deployment.pk)
+    restarts = Job.objects.filter(
+        kind="switch", rig_name=rig.slug, profile_slug=profile.slug, data__has_key="restart_of"
+    ).order_by("-pk")
+    seen = Observation(
+        busy=engines_busy(rig),
+        ended_at=deployment.ended_at,
+        restarts=tuple(restarts.values_list("created_at", flat=True)[:50]),
+        replaced=later.filter(Q(version__profile=profile) | Q(served_name=deployment.served_name)).exists(),
+        paused=_paused(deployment),
+    )
+    decision = decide(deployment.desired, deployment.status, seen, plain(policy), timezone.now())
+    if decision.act == Act.RESTART:
+        _restart(deployment, decision)
+        return decision
+    if decision.act in (Act.GIVE_UP, Act.DROP):
+        _let_go(deployment, decision)
+    # While another job moves engines it is left alone, and its own time comes after. Nobody waits for a card to cool.
+    if deployment.desired == Desired.SERVING and (decision.act == Act.LEAVE or decision.at is not None):
+        routes.wait_for_restart(deployment, _ready_at(deployment, decision.at))
+    else:
+        routes.end_wait_for_restart(deployment)
+    return decision
+
+
+def _paused(deployment: Deployment) -> str:
+    """Why its cards are not to be loaded by themselves now: the guard took work from one of them."""
+    rig = deployment.rig
+    paused = paused_cards(rig)
+    if not paused:
+        return ""
+    return pause_words([paused[gpu] for gpu in effect_of(deployment.version, rig).cards if gpu in paused], rig)
+
+
+def _claim(deployment: Deployment, **values: object) -> bool:
+    """Of two ticks at once one acts: the wish that the failed row carried goes over to what comes of it."""
+    won = Deployment.objects.filter(pk=deployment.pk, status=Status.FAILED, desired=Desired.SERVING).update(
+        desired=Desired.STOPPED, **values
+    )
+    return won == 1
+
+
+def _restart(deployment: Deployment, decision: Decision) -> None:
+    version = deployment.version
+    with transaction.atomic():
+        if not _claim(deployment):
+            return
+        job = job_create(
+            kind="switch",
+            title=f"Restart {deployment.profile_name}",
+            rig_name=deployment.rig.slug,
+            queue=deployment.rig.control_queue,
+            actor=PANEL,
+            reason=f"{decision.why}: {deployment.status_reason}",
+            params={"version_id": version.pk, "exclusive": False},
+            # As if it had stopped the old engine itself: a switch that supersedes this one then owes its return.
+            data={"restart_of": deployment.pk, "fallback": [version.pk], "stopped_old": True},
+            exclusion=exclusion(deployment.rig),
+            profile_slug=version.profile.slug,
+            profile_name=deployment.profile_name,
+            profile_version=version.number,
+        )
+        routes.hold([deployment.served_name], job_id=job.pk, eta_at=_ready_at(deployment, timezone.now()))
+
+
+def _ready_at(deployment: Deployment, begins_at: datetime | None) -> datetime | None:
+    """When it serves again if it begins then: what its loads took here before; None where nobody can say."""
+    takes = typical_seconds("switch", deployment.version.profile.slug, deployment.rig.slug)
+    return None if begins_at is None or takes is None else begins_at + timedelta(seconds=takes)
+
+
+def _let_go(deployment: Deployment, decision: Decision) -> None:
+    with transaction.atomic():
+        if decision.act == Act.DROP:
+            _claim(deployment)
+            return
+        reason = f"{deployment.status_reason} {decision.why}"[:500]
+        if _claim(deployment, status_reason=reason):
+            record(PANEL, "deployment.given_up", "deployment", deployment.pk, str(deployment), {"why": decision.why})
+            page_changed("deployment", deployment=deployment.pk)

@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class OpenWebUIConfig(AppConfig):
+    name = "apps.openwebui"
+    label = "openwebui"

@@ -1,0 +1,144 @@
+"""``docker run`` and compose: what is served in a container, as a profile of the panel, which uses none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from apps.profiles.recipes.result import Reading, Recipe
+from apps.profiles.recipes.shell import ASSIGNMENT
+
+# docker run's flags that take a value; the others are switches.
+WITH_VALUE = frozenset(
+    {
+        *("-e", "--env", "--env-file", "-v", "--volume", "--mount", "-p", "--publish"),
+        *("--name", "--gpus", "--shm-size", "--ipc", "--network", "--net", "--restart", "-m"),
+        *("--memory", "--memory-swap", "--cpus", "--cpuset-cpus", "--device", "--entrypoint", "-w", "--workdir"),
+        *("-u", "--user", "--ulimit", "-l", "--label", "--hostname", "-h", "--runtime"),
+        *(
+            "--platform",
+            "--pull",
+            "--add-host",
+            "--log-driver",
+            "--log-opt",
+            "--security-opt",
+            "--cap-add",
+            "--cap-drop",
+        ),
+        *("--health-cmd", "--stop-timeout", "--tmpfs", "--group-add", "--pid", "--dns", "--expose", "--sysctl"),
+    }
+)
+WHY = {
+    "--gpus": "The panel chooses the cards and pins them when it starts the engine.",
+    "--device": "The panel chooses the cards and pins them when it starts the engine.",
+    "--runtime": "The panel starts engines without containers.",
+    "-p": "The panel chooses a free port.",
+    "--publish": "The panel chooses a free port.",
+    "-v": "The panel starts engines without containers; weights lie where RIGPANEL_MODELS_DIR says.",
+    "--volume": "The panel starts engines without containers; weights lie where RIGPANEL_MODELS_DIR says.",
+    "--mount": "The panel starts engines without containers; weights lie where RIGPANEL_MODELS_DIR says.",
+    "--restart": "Starting again is the panel's to arrange.",
+    "--env-file": "Files are not read; paste what matters of it.",
+}
+NO_CONTAINER = "The panel starts engines without containers."
+IMAGES = (
+    (re.compile(r"(?:^|/)vllm-(?:openai|cpu)[\w-]*(?=[:@]|$)|(?:^|/)vllm/vllm"), ("vllm", "serve")),
+    (re.compile(r"(?:^|/)llama\.cpp[\w-]*(?::[\w.-]*server[\w.-]*)?(?=[:@]|$)"), ("llama-server",)),
+)
+COMPOSE_PANEL = {
+    "ports": "The panel chooses a free port.",
+    "expose": "The panel chooses a free port.",
+    "volumes": WHY["-v"],
+    "deploy": WHY["--gpus"],
+    "devices": WHY["--gpus"],
+    "gpus": WHY["--gpus"],
+    "runtime": NO_CONTAINER,
+    "restart": WHY["--restart"],
+    "healthcheck": "The panel watches the engine's health by itself.",
+    "env_file": WHY["--env-file"],
+    "depends_on": "The panel starts what a profile needs.",
+}
+NO_MEANING = ("shm_size", "ipc", "networks", "network_mode", "container_name", "ulimits", "labels", "logging", "user")
+
+
+def serving_argv(image: str, entrypoint: list[str], command: list[str]) -> list[str]:
+    """What the container runs, as if it were typed; empty for an image that serves no model we know."""
+    if entrypoint and not (entrypoint[0].endswith("sh") and "-c" in entrypoint):
+        return [*entrypoint, *command]
+    if command and command[0] in ("vllm", "llama-server", "python", "python3"):
+        return command
+    for pattern, program in IMAGES:
+        if pattern.search(image):
+            return [*program, *command]
+    return []
+
+
+def read_docker_run(recipe: Recipe, args: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(argv, environment) of ``docker run``'s arguments; its own flags are noted on the recipe."""
+    env: dict[str, str] = {}
+    entrypoint: list[str] = []
+    at = 0
+    while at < len(args) and args[at].startswith("-"):
+        flag, equals, value = args[at].partition("=")
+        at += 1
+        if not flag.startswith("--") and len(flag) > 2 and flag[:2] in ("-e", "-v", "-p"):
+            flag, value, equals = flag[:2], flag[2:] + equals + value, "="
+        elif not equals and flag in WITH_VALUE:
+            value, at = (args[at] if at < len(args) else ""), at + 1
+        if flag in ("-e", "--env"):
+            match = ASSIGNMENT.match(value)
+            env[match[1] if match else value] = match[2] if match else ""
+        elif flag == "--entrypoint":
+            entrypoint = [value] if value else []
+        else:
+            recipe.leave(f"{flag} {value}".strip(), WHY.get(flag, NO_CONTAINER))
+            if flag == "--gpus" and (match := re.search(r"device=([\d,]+)", value)):
+                env.setdefault("CUDA_VISIBLE_DEVICES", match[1])
+    if at >= len(args):
+        return [], env
+    image = args[at]
+    argv = serving_argv(image, entrypoint, args[at + 1 :])
+    if argv:
+        recipe.take(image, f"the engine {argv[0]}")
+    else:
+        recipe.miss(image, "This image is neither vLLM's nor llama.cpp's server.")
+    return argv, env
+
+
+def is_compose(data: Any) -> bool:
+    return isinstance(data, Mapping) and isinstance(data.get("services"), Mapping)
+
+
+def compose_service(recipe: Recipe, name: str, service: Mapping[Any, Any]) -> tuple[Any, dict[str, str]]:
+    """(image, entrypoint, command) and environment of one service; every other key is noted."""
+    for key, value in service.items():
+        if key in ("image", "command", "entrypoint", "environment"):
+            continue
+        text = f"{key}: {value if isinstance(value, str | int | float) else '…'}"
+        if key in COMPOSE_PANEL:
+            recipe.leave(text, COMPOSE_PANEL[key])
+        elif key in NO_MEANING:
+            recipe.leave(text, NO_CONTAINER)
+        else:
+            recipe.miss(text, f"The service {name} sets it; a profile has nothing like it.")
+    return (
+        (str(service.get("image", "")), service.get("entrypoint"), service.get("command")),
+        environment_of(service.get("environment")),
+    )
+
+
+def environment_of(value: Any) -> dict[str, str]:
+    """A mapping, or a list of ``NAME=value``; what is neither is no environment."""
+    if isinstance(value, Mapping):
+        return {str(k): "" if v is None else str(v) for k, v in value.items()}
+    if isinstance(value, list):
+        pairs = (str(item).partition("=") for item in value)
+        return {name: text for name, _, text in pairs}
+    return {}
+
+
+def other_keys(reading: Reading, data: Mapping[Any, Any], known: frozenset[str]) -> None:
+    for key in data:
+        if str(key) not in known and not str(key).startswith("x-"):
+            reading.note(f"{key}: …", "It belongs to no profile.")

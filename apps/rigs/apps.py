@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class RigsConfig(AppConfig):
+    name = "apps.rigs"
+    label = "rigs"

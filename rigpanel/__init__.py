@@ -1,0 +1,3 @@
+"""rigpanel: the control panel for a shared GPU rig."""
+
+__version__ = "0.1.0"

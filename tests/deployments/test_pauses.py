@@ -1,0 +1,249 @@
+"""A card that the guard took work from: nothing comes there by itself until it has been well for a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.test import Client
+from django.utils import timezone
+
+from apps.audit.models import AuditEntry
+from apps.common.actors import PANEL, actor_of
+from apps.common.errors import Conflict
+from apps.deployments import guard
+from apps.deployments.decide import Act
+from apps.deployments.guard import HOT_SECONDS
+from apps.deployments.models import CardPause, Deployment, Desired, GpuReservation, Status
+from apps.deployments.pauses import pause_card, paused_cards, paused_shown, pauses_look
+from apps.deployments.plan import plan
+from apps.deployments.policies import ticking
+from apps.deployments.policies.decide import PAUSE, Asker
+from apps.deployments.policies.models import RigPolicy
+from apps.deployments.policies.selectors import policy_of
+from apps.deployments.restarting import look_at_failed
+from apps.deployments.restarting import policy_of as restarts_of
+from apps.deployments.services import switch_request
+from apps.gateway.wishes import Wish, granted
+from apps.hardware.server import HardwareServer
+from apps.hardware.simulated import SimulatedDriver, SimulatedRig
+from apps.jobs.models import Job, JobState
+from apps.profiles.services import profile_update
+from apps.rigs.services import inventory_sync
+from apps.telemetry.frames import FrameBuilder, parse
+from tests.deployments.conftest import PLANNED, Begun
+from tests.deployments.test_guard import serve
+from tests.deployments.test_switch import run
+from tests.factories.profiles import simulated_profile
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def cards(settings: Any, tmp_path: Path) -> Iterator[HardwareServer]:
+    settings.SAMPLER_SOCKET = tmp_path / "s.sock"
+    with HardwareServer(SimulatedDriver(SimulatedRig()), settings.SAMPLER_SOCKET) as server:
+        yield server
+
+
+@pytest.fixture
+def quad(rig: Any, cards: HardwareServer) -> Any:
+    rig.gpus.all().delete()
+    inventory_sync(rig, cards.inventory())
+    return rig
+
+
+@pytest.fixture
+def degrees(quad: Any, cards: HardwareServer, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """What each card reports from now on, by index."""
+    set_to: dict[int, float] = {}
+
+    def frame() -> Any:
+        row = FrameBuilder().build(cards._driver.read())
+        found = parse({**row, "at": time.time()})
+        for gpu in quad.gpus.all():
+            if gpu.index in set_to:
+                found.gpus[gpu.uuid]["temperature_celsius"] = set_to[gpu.index]
+        return found
+
+    monkeypatch.setattr(guard, "recent", lambda _, count: [frame()] * count)
+    return set_to
+
+
+def hot(quad: Any, degrees: dict[int, float]) -> Deployment:
+    """Coder on all four cards, of which GPU 1 has just been found too hot."""
+    deployment = serve(quad, "coder", (0, 1, 2, 3), None)
+    degrees[1] = 97.0
+    guard.guard()
+    Deployment.objects.filter(pk=deployment.pk).update(status=Status.STOPPED, desired=Desired.STOPPED)
+    GpuReservation.objects.update(released_at=timezone.now())
+    Job.objects.update(state=JobState.SUCCEEDED, finished_at=timezone.now())
+    return deployment
+
+
+def test_a_card_that_is_stopped_for_heat_is_paused_from_before_the_stop(quad: Any, degrees: dict[int, float]) -> None:
+    hot(quad, degrees)
+    pause = CardPause.objects.get()
+    assert (pause.gpu.index, pause.why, pause.well_since) == (1, "was stopped for heat", None)
+    assert Job.objects.get(kind="stop").created_at >= pause.at
+    entry = AuditEntry.objects.get(action="card.pause")
+    assert f"for {HOT_SECONDS} s" in str(entry.detail)
+
+
+def test_a_start_on_a_hot_card_is_cancelled_once_and_its_log_says_why(quad: Any, degrees: dict[int, float]) -> None:
+    deployment = serve(quad, "coder", (0, 1), None)
+    job = switch_request(profile=deployment.version.profile, actor=PANEL, rig=quad)
+    Job.objects.filter(pk=job.pk).update(state=JobState.RUNNING)
+    Deployment.objects.update(status=Status.LOADING, job_id=job.pk)
+    degrees[1] = 97.0
+    guard.guard()
+    guard.guard()
+    assert AuditEntry.objects.filter(action="job.cancel").count() == 1
+    assert AuditEntry.objects.filter(action="card.pause").count() == 1
+    assert "panel stops it: GPU 1 has been at 97 °C" in job.log_lines.get().text
+
+
+def test_the_next_request_does_not_load_it_on_the_same_hot_card(quad: Any, degrees: dict[int, float], bob: Any) -> None:
+    deployment = hot(quad, degrees)
+    profile_update(deployment.version.profile, actor=PANEL, members_may_switch=True)
+    answer = granted(Wish("coder", bob.pk, bob.role))
+    assert answer.refused.startswith("Not switched: GPU 1 was stopped for heat at ")
+    assert answer.refused.endswith("it may serve again once it has been well for 10 min, or when an operator says so.")
+    assert answer.again_s == 600
+    assert not Job.objects.filter(kind="switch").exists()
+
+
+def test_neither_does_the_way_home_which_says_why(quad: Any, degrees: dict[int, float]) -> None:
+    deployment = hot(quad, degrees)
+    Deployment.objects.update(ended_at=timezone.now() - timedelta(hours=1))
+    RigPolicy.objects.create(rig=quad, home_profile=deployment.version.profile, home_after_idle_seconds=60)
+    ticking._refused_at.clear()
+    ticking.tick(quad.slug)
+    assert not Job.objects.filter(kind="switch").exists()
+    assert "GPU 1 was stopped for heat at" in policy_of(quad).clock_answer
+
+
+def test_neither_does_a_restart(quad: Any, degrees: dict[int, float]) -> None:
+    deployment = hot(quad, degrees)
+    Deployment.objects.filter(pk=deployment.pk).update(status=Status.FAILED, desired=Desired.SERVING)
+    deployment.refresh_from_db()
+    decision = look_at_failed(deployment, restarts_of(deployment.version.profile))
+    assert decision.act == Act.WAIT
+    assert "restart 1 of 3 waits: GPU 1 was stopped for heat" in decision.why
+    CardPause.objects.all().delete()
+    assert look_at_failed(deployment, restarts_of(deployment.version.profile)).act == Act.RESTART
+
+
+def test_it_serves_again_after_it_has_been_well_for_a_while(quad: Any, degrees: dict[int, float]) -> None:
+    deployment = hot(quad, degrees)
+    degrees[1] = 70.0
+    guard.guard()
+    pause = CardPause.objects.get()
+    assert pause.well_since is not None
+    assert "it may serve again after " in paused_shown(quad)[0].sentence
+    degrees[1] = 96.0
+    guard.guard()
+    assert CardPause.objects.get().well_since is None
+    degrees[1] = 70.0
+    guard.guard()
+    CardPause.objects.update(well_since=timezone.now() - PAUSE)
+    assert paused_cards(quad) == {}
+    guard.guard()
+    assert not CardPause.objects.exists()
+    assert AuditEntry.objects.get(action="card.allow").actor_name == "panel"
+    assert switch_request(profile=deployment.version.profile, actor=PANEL, rig=quad, asker=Asker.CLOCK).kind == "switch"
+
+
+def test_a_clock_that_was_set_back_does_not_keep_it_for_ever(quad: Any) -> None:
+    gpu = quad.gpus.get(index=1)
+    pause_card(gpu, "was stopped for heat", "hot")
+    CardPause.objects.update(well_since=timezone.now() + timedelta(days=1))
+    pauses_look(CardPause.objects.all(), {gpu.pk: True})
+    since = CardPause.objects.get().well_since
+    assert since is not None
+    assert since <= timezone.now()
+
+
+def test_a_card_that_nobody_can_read_is_not_called_well(quad: Any) -> None:
+    card = quad.gpus.get(index=1)
+    assert guard.is_well(card, {"temperature_celsius": 60.0})
+    assert not guard.is_well(card, {})
+    assert not guard.is_well(card, {"temperature_celsius": 95.0})
+    assert not guard.is_well(card, {"lost": 1, "temperature_celsius": 60.0})
+
+
+def test_an_operators_click_asks_and_a_yes_passes_over_it(
+    quad: Any, degrees: dict[int, float], client: Client, olivia: Any
+) -> None:
+    hot(quad, degrees)
+    client.force_login(olivia)
+    html = client.post("/deployments/switch/", {"profile": "coder"}).content.decode()
+    assert "GPU 1 was stopped for heat at" in html
+    assert "Going on passes over the card&#x27;s pause, which is recorded." in html
+    about = next(iter(paused_cards(quad).values())).key
+    assert f'name="about" value="{about}"' in html
+    client.post("/deployments/switch/", {"profile": "coder", "confirmed": "1", "about": about})
+    assert Job.objects.get(kind="switch").data["leave"]["passed"] == [about]
+    assert AuditEntry.objects.filter(action="card.override").count() == 1
+
+
+def test_the_api_names_the_reason_and_takes_override_of_operators(
+    quad: Any, degrees: dict[int, float], client: Client, olivia: Any
+) -> None:
+    hot(quad, degrees)
+    client.force_login(olivia)
+    told = client.post("/api/v1/switch", {"profile": "coder"}, content_type="application/json")
+    assert (told.status_code, told.json()["error"]["code"]) == (409, "card_paused")
+    assert client.get(f"/api/v1/rigs/{quad.slug}/pauses").json()[0]["gpu"] == 1
+    done = client.post("/api/v1/switch", {"profile": "coder", "override": True}, content_type="application/json")
+    assert done.status_code == 202
+
+
+def test_an_operator_lets_the_card_serve_again_on_the_page_of_policies(
+    quad: Any, degrees: dict[int, float], client: Client, olivia: Any, bob: Any
+) -> None:
+    hot(quad, degrees)
+    client.force_login(bob)
+    html = client.get("/policies/").content.decode()
+    assert "GPU 1 was stopped for heat at" in html
+    assert "Let it serve again" not in html
+    client.force_login(olivia)
+    assert "Let it serve again" in client.get("/policies/").content.decode()
+    client.post(f"/policies/cards/{CardPause.objects.get().pk}/allow/")
+    assert not CardPause.objects.exists()
+    assert AuditEntry.objects.get(action="card.allow").actor_name == actor_of(olivia).name
+
+
+def test_what_fits_on_other_cards_goes_there_and_is_not_refused(quad: Any, degrees: dict[int, float]) -> None:
+    hot(quad, degrees)
+    small = simulated_profile("small", tp=1)
+    cards = {g.pk: g.index for g in quad.gpus.all()}
+    for _ in range(2):
+        assert cards[plan(small.current, quad).replica_gpus[0][0]] != 1
+    pair = simulated_profile("pair", tp=2)
+    assert {cards[g] for g in plan(pair.current, quad).replica_gpus[0]} == {2, 3}
+    assert switch_request(profile=pair, actor=PANEL, rig=quad, asker=Asker.CLOCK).kind == "switch"
+    big = plan(simulated_profile("big", tp=4).current, quad)
+    assert any(w.startswith("GPU 1 was stopped for heat at") for w in big.warnings)
+
+
+def test_a_queued_switch_asks_again_when_it_begins(quad: Any, degrees: dict[int, float], bob: Any) -> None:
+    profile = simulated_profile("coder", tp=4)
+    job = switch_request(profile=profile, actor=actor_of(bob), rig=quad, asker=Asker.MEMBER)
+    pause_card(quad.gpus.get(index=1), "was stopped for heat", "hot")
+    run(job)
+    assert job.state == JobState.FAILED
+    assert job.summary.startswith("Not switched: GPU 1 was stopped for heat at ")
+
+
+def test_an_operators_queued_switch_that_passed_over_the_pause_begins(quad: Any, olivia: Any, begun: Begun) -> None:
+    pause_card(quad.gpus.get(index=1), "was stopped for heat", "hot")
+    profile = simulated_profile("coder", tp=4)
+    with pytest.raises(Conflict):
+        switch_request(profile=profile, actor=actor_of(olivia), rig=quad)
+    job = switch_request(profile=profile, actor=actor_of(olivia), rig=quad, override=True)
+    assert PLANNED in begun(job).summary

@@ -1,0 +1,381 @@
+"""Engines that die or hang: started again, within a budget, and never in the way of what people ask for."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from copy import copy
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from apps.audit.models import AuditEntry
+from apps.common.actors import actor_of
+from apps.common.models import Epoch
+from apps.deployments import launching, probing, switch_forward
+from apps.deployments.models import LIVE, Deployment, RestartPolicy, Route, Status
+from apps.deployments.reconcile import reconcile
+from apps.deployments.selectors import empty_because
+from apps.deployments.services import stop_request, switch_request
+from apps.deployments.strays import find_strays, without_secrets
+from apps.engines.llama_cpp.adapter import LlamaCppAdapter
+from apps.gateway.menu import MenuReader
+from apps.jobs.estimates import typical_seconds
+from apps.jobs.handlers import JobFailed
+from apps.jobs.models import LIVE_STATES, Job, JobState
+from apps.jobs.runner import job_claim
+from apps.jobs.services import job_cancel
+from apps.profiles.models import Profile
+from apps.runners.processes import all_processes, send_signal
+from tests.deployments.test_switch import engine_pids, eventually, run, serving
+from tests.factories.profiles import simulated_profile
+
+
+@pytest.fixture
+def coder(sim_rig: Any, alice: Any) -> Profile:
+    """A profile that serves."""
+    profile = simulated_profile("coder", tp=2)
+    RestartPolicy.objects.create(profile=profile, restarts=2, backoff_seconds=0.0, probe_every_seconds=0.0)
+    job = run(switch_request(profile=profile, actor=actor_of(alice)))
+    assert job.state == JobState.SUCCEEDED, job.result
+    return profile
+
+
+def kill_engine(slug: str = "coder") -> None:
+    deployment = Deployment.objects.get(version__profile__slug=slug, status__in=LIVE)
+    pids = {p for r in deployment.replicas.all() for p in launching.observe(r).pids}
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not pids & engine_pids(), "the engine is gone")
+
+
+def restart() -> Job:
+    return Job.objects.get(state__in=LIVE_STATES)
+
+
+def test_what_died_is_started_again_and_requests_wait_for_it(coder: Profile) -> None:
+    kill_engine()
+    reconcile()
+    died = Deployment.objects.get(status=Status.FAILED)
+    assert "signal 9" in died.status_reason
+    job = restart()
+    assert job.user_name == "panel"
+    assert "restart 1 of 2" in job.reason
+    assert [(r.served_name, r.state, r.held_by_job_id) for r in Route.objects.all()] == [("coder", "held", job.pk)]
+    reconcile()  # again, while it waits: nothing more happens
+    assert run(job).state == JobState.SUCCEEDED, job.result
+    assert serving() == ["coder"]
+    assert [(r.served_name, r.state) for r in Route.objects.all()] == [("coder", "open")]
+    assert died.evidence
+    assert died.evidence["exit_code"] == -9
+
+
+def test_after_its_budget_it_stays_failed_and_says_why(coder: Profile) -> None:
+    for _ in range(2):
+        kill_engine()
+        reconcile()
+        assert run(restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    last = Deployment.objects.order_by("-pk").first()
+    assert last is not None
+    assert last.status == Status.FAILED
+    assert "restarted 2 times within 10 min" in last.status_reason
+    assert AuditEntry.objects.filter(action="deployment.given_up").count() == 1
+    assert not Route.objects.exists()
+
+
+def test_a_restart_that_fails_counts_too(coder: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise JobFailed("Coder did not start: no.", cause="unknown")
+
+    monkeypatch.setattr(switch_forward, "wait_for_deployment", refuse)
+    kill_engine()
+    for _ in range(2):
+        reconcile()
+        job = run(restart())
+        assert job.state == JobState.FAILED
+        assert "Nothing else was touched." in job.summary
+    reconcile()
+    last = Deployment.objects.order_by("-pk").first()
+    assert last is not None
+    assert "restarted 2 times" in last.status_reason
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    assert empty_because(last.rig).startswith("Coder: Coder did not start")
+
+
+def waits() -> list[tuple[str, str, int | None]]:
+    return [(r.served_name, r.state, r.held_by_job_id) for r in Route.objects.all()]
+
+
+def test_requests_wait_through_the_backoff_with_an_honest_eta(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    kill_engine()
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()  # waits for a quarter of an hour
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    assert waits() == [("coder", "held", None)]
+    died = Deployment.objects.get(status=Status.FAILED, desired="serving")
+    assert died.ended_at is not None
+    loads = typical_seconds("switch", "coder", died.rig.slug)
+    assert loads
+    eta_at = Route.objects.get().eta_at
+    assert eta_at is not None
+    assert abs(eta_at - died.ended_at - timedelta(seconds=1000 + loads)) < timedelta(milliseconds=1)
+    assert MenuReader().read().state("coder") == "loading"
+    epoch = Epoch.current("routes")
+    reconcile()
+    assert Epoch.current("routes") == epoch  # nothing new, and no gateway is bothered
+    RestartPolicy.objects.update(backoff_seconds=0)
+    reconcile()
+    job = restart()
+    assert waits() == [("coder", "held", job.pk)]
+    assert Route.objects.get().eta_at is not None
+    assert run(job).state == JobState.SUCCEEDED
+    assert waits() == [("coder", "open", None)]
+
+
+def test_requests_go_on_waiting_when_a_restart_fails_and_another_is_due(
+    coder: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+
+    def refuse(*_: Any) -> None:
+        raise JobFailed("Coder did not start: no.", cause="unknown")
+
+    monkeypatch.setattr(switch_forward, "wait_for_deployment", refuse)
+    kill_engine()
+    reconcile()
+    assert run(restart()).state == JobState.FAILED
+    assert waits() == [("coder", "held", None)]  # at once: nobody is turned away until the next tick
+    reconcile()
+    assert waits() == [("coder", "held", None)]
+    assert Route.objects.get().eta_at is not None
+
+
+def test_whoever_stops_what_waits_for_its_restart_lets_its_requests_go(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    kill_engine()
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    died = Deployment.objects.get(status=Status.FAILED, desired="serving")
+    assert run(stop_request(deployment=died, actor=actor_of(alice))).state == JobState.SUCCEEDED
+    assert waits() == []
+
+
+def test_requests_do_not_wait_for_what_is_no_longer_wanted(coder: Profile) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    kill_engine()
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    assert waits()
+    Deployment.objects.filter(status=Status.FAILED).update(desired="stopped")  # whatever did it
+    reconcile()
+    assert waits() == []
+
+
+def test_a_new_switch_to_it_keeps_its_own_hold(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    kill_engine()
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    job = switch_request(profile=coder, actor=actor_of(alice))
+    context = job_claim(job.pk)
+    assert context is not None
+    looked: list[list[tuple[str, str, int | None]]] = []
+    start = switch_forward.start_deployment
+
+    def look(*args: Any) -> str:
+        reconcile()  # the one that failed is let go: a later start has taken its place
+        looked.append(waits())
+        return start(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(switch_forward, "start_deployment", look)
+        context.run()
+    assert looked == [[("coder", "held", job.pk)]]
+    assert waits() == [("coder", "open", None)]
+
+
+def test_a_switch_that_a_person_asks_for_supersedes_a_restart_and_brings_it_back_beside(
+    coder: Profile, alice: Any
+) -> None:
+    kill_engine()
+    reconcile()
+    waiting = restart()
+    job = run(switch_request(profile=simulated_profile("other", tp=2), actor=actor_of(alice)))
+    waiting.refresh_from_db()
+    assert waiting.state == JobState.CANCELLED
+    assert job.state == JobState.SUCCEEDED
+    assert serving() == ["coder", "other"]
+
+
+def test_a_restart_takes_no_card_from_what_runs_now(coder: Profile, alice: Any) -> None:
+    kill_engine()
+    reconcile()
+    waiting = restart()
+    job = run(switch_request(profile=simulated_profile("wide", tp=4), actor=actor_of(alice)))
+    waiting.refresh_from_db()
+    assert waiting.state == JobState.CANCELLED
+    assert serving() == ["wide"]
+    assert "Coder was not brought back: it does not fit beside what runs now." in job.summary
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+
+
+def test_a_cancelled_restart_is_not_tried_again(coder: Profile, alice: Any) -> None:
+    kill_engine()
+    reconcile()
+    job_cancel(restart(), actor=actor_of(alice))
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    assert not Route.objects.exists()
+
+
+def test_one_that_waits_for_its_restart_can_be_stopped(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    kill_engine()
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()  # waits for a quarter of an hour
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    died = Deployment.objects.filter(status=Status.FAILED, desired="serving").get()
+    assert run(stop_request(deployment=died, actor=actor_of(alice))).state == JobState.SUCCEEDED
+    RestartPolicy.objects.update(backoff_seconds=0)
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+
+
+def test_a_frozen_engine_is_found_out_by_probes_and_started_again(coder: Profile) -> None:
+    RestartPolicy.objects.update(probe_every_seconds=0.05, probe_limit_seconds=0.5, probe_failures=2)
+    everybody = all_processes()
+    frozen = engine_pids()
+    for pid in frozen:
+        send_signal(everybody[pid], signal.SIGSTOP)
+
+    def noticed() -> bool:
+        reconcile()
+        return Deployment.objects.filter(status=Status.FAILED).exists()
+
+    eventually(noticed, "the hanging engine is given up")
+    died = Deployment.objects.get(status=Status.FAILED)
+    assert "hangs: 2 test requests in a row got no answer" in died.status_reason
+    assert not frozen & engine_pids()
+    RestartPolicy.objects.update(probe_every_seconds=0)
+    assert run(restart()).state == JobState.SUCCEEDED
+    assert serving() == ["coder"]
+
+
+def test_a_healthy_engine_is_left_alone_by_probes(coder: Profile) -> None:
+    RestartPolicy.objects.update(probe_every_seconds=0.01, probe_limit_seconds=20, probe_failures=1)
+    replica = Deployment.objects.get().replicas.get()
+    reconcile()
+    eventually(lambda: reconcile() or probing._known[probing._key(replica)].next_at > 0, "a probe came back")
+    assert Deployment.objects.get().status == Status.READY
+
+
+def test_a_full_llama_cpp_in_the_middle_of_long_answers_is_not_asked_and_does_not_hang(
+    coder: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts an answer's tokens when that has ended: with every slot busy for minutes, a test request waits and the
+    count of tokens stands still, while it is at work."""
+    RestartPolicy.objects.update(probe_every_seconds=0.01, probe_failures=1)
+    replica = Deployment.objects.get().replicas.get()
+    steps = itertools.count(100)
+    asked: list[str] = []
+
+    def metrics(*_: Any, **__: Any) -> tuple[int, str]:
+        text = "llamacpp:tokens_predicted_total 0\nllamacpp:requests_processing 1\nllamacpp:n_decode_total "
+        return 200, f"{text}{next(steps)}\n"
+
+    monkeypatch.setattr(probing, "ask", metrics)
+    monkeypatch.setattr(probing, "one_token", lambda *_, **__: asked.append("") or (200, ""))
+    policy = RestartPolicy.objects.get()
+
+    def looked(times: int) -> bool:
+        assert probing.probe(replica, "coder", LlamaCppAdapter(), policy) == 0
+        return next(copy(steps)) >= 100 + times
+
+    eventually(lambda: looked(1), "a first look")  # has nothing to compare with
+    eventually(lambda: looked(4), "more looks")
+    assert len(asked) <= 1
+
+
+def test_a_member_that_is_gone_is_asked_after_at_once_and_forgotten_when_the_engine_answers(coder: Profile) -> None:
+    RestartPolicy.objects.update(probe_every_seconds=1000, probe_limit_seconds=20)
+    replica = Deployment.objects.get().replicas.get()
+    honest = list(replica.members)
+    assert honest
+    replica.members = [*honest, [2**22 - 3, "tgone-1"]]
+    replica.save()
+
+    def forgotten() -> bool:
+        reconcile()
+        replica.refresh_from_db()
+        return replica.members == honest
+
+    eventually(forgotten, "the engine answered, so whoever is there is the whole engine")
+    assert Deployment.objects.get().status == Status.READY
+
+
+def test_an_engine_that_lost_a_member_and_does_not_answer_is_half_dead(
+    coder: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RestartPolicy.objects.update(probe_every_seconds=1000, probe_limit_seconds=20)
+    replica = Deployment.objects.get().replicas.get()
+    replica.members = [*replica.members, [2**22 - 3, "tgone-1"]]
+    replica.save()
+    monkeypatch.setattr(probing, "one_token", lambda *_, **__: (None, "timed out"))
+
+    def noticed() -> bool:
+        reconcile()
+        return Deployment.objects.filter(status=Status.FAILED).exists()
+
+    eventually(noticed, "the half dead engine is given up")
+    assert "half dead" in Deployment.objects.get(status=Status.FAILED).status_reason
+
+
+def test_a_process_of_a_stranger_on_a_card_is_named_and_left_alone(sim_rig: Any, alice: Any) -> None:
+    """The simulated cards take a hold from anybody, as real ones do."""
+    rig = sim_rig
+    job = run(switch_request(profile=simulated_profile("coder", tp=2), actor=actor_of(alice)))
+    assert job.state == JobState.SUCCEEDED
+    assert find_strays(rig) == []
+    deployment = Deployment.objects.get()
+    # The panel forgets an engine, as after a backup was restored.
+    deployment.replicas.update(released_at=timezone.now())
+    found = find_strays(rig)
+    pids = engine_pids()
+    assert {s.pid for s in found} <= pids
+    assert found
+    assert all(s.kind == "stray engine" and s.gpus == (0, 1) for s in found if s.gpus)
+    assert any("apps.engines.simulated.server" in s.command and s.user for s in found)
+    reconcile()
+    assert engine_pids() == pids
+
+
+def test_other_peoples_secrets_are_not_shown() -> None:
+    argv = ["python", "serve.py", "--api-key", "sk-1", "--port", "8000", "--hf-token=hf_1", "DB_PASSWORD=x"]
+    shown = without_secrets(argv)
+    assert shown == ["python", "serve.py", "--api-key", "…", "--port", "8000", "--hf-token=…", "DB_PASSWORD=…"]
+    assert without_secrets(["vllm", "serve", "--api-key", "k1", "k2", "--port", "1"])[2:] == [
+        *("--api-key", "…", "…"),
+        *("--port", "1"),
+    ]
+    assert without_secrets(["sh", "-c", "vllm serve --api-key k1 --port 1"])[2] == "vllm serve --api-key … --port 1"
+    assert without_secrets(["curl", "-H", "Authorization: Bearer k1"])[2] == "Authorization: Bearer …"
+    assert without_secrets(["run", "hf_abcdefghijkl"]) == ["run", "…"]

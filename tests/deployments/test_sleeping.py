@@ -1,0 +1,371 @@
+"""Models that sleep instead of stopping, with real processes of the simulated engine."""
+
+from __future__ import annotations
+
+import signal
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest
+from django.core.management import call_command
+from django.test import Client
+from django.utils import timezone
+
+from apps.common.actors import PANEL, actor_of
+from apps.common.errors import Conflict
+from apps.deployments import launching, sleeping, switch_forward, switch_sleep
+from apps.deployments.engine_http import ask
+from apps.deployments.memory import card_use
+from apps.deployments.models import Deployment, GpuReservation, RestartPolicy, Route, Status
+from apps.deployments.policies.decide import Asker
+from apps.deployments.policies.models import Pin, RigPolicy
+from apps.deployments.reconcile import reconcile
+from apps.deployments.routes import route_table
+from apps.deployments.services import stop_request, switch_request
+from apps.jobs.models import LIVE_STATES, Job, JobState
+from apps.profiles.models import Profile
+from apps.rigs.models import Gpu
+from apps.runners.processes import all_processes, send_signal
+from apps.runners.protocol import ProcessState
+from tests.deployments.test_switch import engine_pids, eventually, run
+from tests.factories.profiles import add_version, catalogue_model, simulated_profile
+
+GIB = 1 << 30
+
+
+def sleeper(slug: str, **options: Any) -> Profile:
+    return simulated_profile(slug, **{"enable_sleep_mode": True, "gpu_memory_utilization": 0.8, **options})
+
+
+@pytest.fixture
+def switch(sim_rig: Any, alice: Any) -> Any:
+    def to(profile: Profile, **more: Any) -> Job:
+        job = run(switch_request(profile=profile, actor=actor_of(alice), **more))
+        assert job.state == JobState.SUCCEEDED, job.result
+        return job
+
+    return to
+
+
+def deployment(slug: str) -> Deployment:
+    return Deployment.objects.filter(version__profile__slug=slug).latest("pk")
+
+
+def status(slug: str) -> str:
+    return deployment(slug).status
+
+
+def most_in_use() -> int:
+    return max(card_use(set(Gpu.objects.values_list("uuid", flat=True))).values())
+
+
+def test_two_sleepers_change_places_without_starting_again(switch: Any) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    first = deployment("day")
+    assert first.sleep is not None
+    assert first.sleep["first_seconds"] >= 0
+    assert 1.0 * GIB < max(first.sleep["in_use_asleep_bytes"].values()) < 1.5 * GIB
+    went = switch(night)
+    assert "Day: asleep after" in went.steps.get(name="stop").detail
+    assert (status("day"), status("night")) == (Status.SLEEPING, Status.READY)
+    back = switch(day)
+    assert "awake after" in back.steps.get(name="start").detail
+    assert back.steps.get(name="ready").detail == "nothing to load"
+    assert Deployment.objects.count() == 2  # the same two processes all along
+    assert (status("day"), status("night")) == (Status.READY, Status.SLEEPING)
+    slots = {
+        (r.replica.deployment_id, r.slot)
+        for r in GpuReservation.objects.filter(released_at=None).select_related("replica")
+    }
+    assert slots == {(first.pk, "whole"), (deployment("night").pk, f"sleep-{deployment('night').pk}")}
+    switch(night)
+    assert (status("day"), status("night")) == (Status.SLEEPING, Status.READY)
+
+
+def test_nothing_is_routed_to_a_sleeper(switch: Any) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    assert [entry.served_name for entry in route_table().routes if entry.targets] == ["night"]
+    assert not Route.objects.filter(served_name="day").exists()
+    (replica,) = deployment("day").replicas.all()
+    assert ask(replica, "GET", "/health")[0] == 200  # which is why nobody may ask its health whether it serves
+    assert ask(replica, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1}, limit_seconds=0.5)[0] is None
+
+
+def test_a_profile_that_does_not_ask_for_it_is_stopped(switch: Any) -> None:
+    switch(simulated_profile("plain", gpu_memory_utilization=0.8))
+    switch(sleeper("night"))
+    assert status("plain") == Status.STOPPED
+
+
+def test_an_engine_that_wants_the_whole_card_ends_the_sleeper_on_it(switch: Any) -> None:
+    switch(sleeper("day"))
+    switch(simulated_profile("greedy", gpu_memory_utilization=0.96))
+    assert status("day") == Status.STOPPED
+
+
+def test_only_as_many_sleep_as_the_next_engine_leaves_room_for(switch: Any) -> None:
+    """0.8 of 23.55 GiB leaves 4.7: three sleepers of 1.1 GiB and a context of 0.6."""
+    names = ["one", "two", "three", "four", "five"]
+    for name in names:
+        switch(sleeper(name))
+    assert [status(name) for name in names] == ["stopped", "sleeping", "sleeping", "sleeping", "ready"]
+
+
+def pinned(slug: str, by: Any) -> Pin:
+    until = timezone.now() + timedelta(hours=1)
+    profile = Profile.objects.get(slug=slug)
+    return Pin.objects.create(
+        rig=Deployment.objects.latest("pk").rig,
+        profile=profile,
+        until=until,
+        user_pk=by.pk,
+        user_name=actor_of(by).name,
+    )
+
+
+def test_a_pinned_sleeper_is_not_ended_to_make_room(switch: Any, alice: Any, olivia: Any) -> None:
+    switch(sleeper("day"))
+    switch(sleeper("night"))
+    pin = pinned("day", alice)
+    greedy = simulated_profile("greedy", gpu_memory_utilization=0.96)
+    with pytest.raises(Conflict, match="Not switched: Day is pinned by alice"):
+        switch_request(profile=greedy, actor=actor_of(olivia))
+    job = switch_request(profile=greedy, actor=actor_of(olivia), override=True)
+    Pin.objects.filter(pk=pin.pk).delete()
+    pinned("day", alice)  # another one, made while the switch waited
+    run(job)
+    assert job.state == JobState.FAILED
+    assert job.summary.startswith("Not switched: Day is pinned by alice")
+    assert (status("day"), status("night")) == (Status.SLEEPING, Status.READY)
+    run(switch_request(profile=greedy, actor=actor_of(olivia), override=True))
+    assert status("day") == Status.STOPPED
+
+
+def test_a_pin_that_comes_while_the_switch_drains_holds_too(
+    switch: Any, alice: Any, olivia: Any, monkeypatch: Any
+) -> None:
+    switch(sleeper("day"))
+    switch(sleeper("night"))
+    job = switch_request(profile=simulated_profile("greedy", gpu_memory_utilization=0.96), actor=actor_of(olivia))
+    really = switch_forward.drain
+
+    def meanwhile(*args: Any, **more: Any) -> str:
+        pinned("day", alice)
+        return really(*args, **more)
+
+    monkeypatch.setattr(switch_forward, "drain", meanwhile)
+    run(job)
+    assert job.summary.startswith("Not switched: Day is pinned by alice"), job.summary
+    assert (status("day"), status("night")) == (Status.SLEEPING, Status.READY)
+
+
+def test_what_serves_is_stopped_before_a_pinned_sleeper_ends(switch: Any, alice: Any, olivia: Any) -> None:
+    """Room for three sleepers, all pinned: the fourth, which serves, is not laid down."""
+    for name in ("one", "two", "three", "four"):
+        switch(sleeper(name))
+    for name in ("one", "two", "three"):
+        pinned(name, alice)
+    run(switch_request(profile=sleeper("five"), actor=actor_of(olivia)))
+    assert [status(n) for n in ("one", "two", "three", "four", "five")] == [
+        *["sleeping"] * 3,
+        "stopped",
+        "ready",
+    ]
+
+
+def test_the_plan_says_what_waking_replaces_and_who_ends_for_room(
+    switch: Any, client: Client, olivia: Any, capsys: Any, settings: Any
+) -> None:
+    client.force_login(olivia)
+    switch(sleeper("day"))
+    switch(sleeper("night"))
+    told = client.get("/api/v1/profiles/day/plan").json()
+    assert (told["wakes"], told["replaces"]) == (deployment("day").pk, ["night"])
+    page = client.get("/profiles/day/").content.decode()
+    assert "a switch wakes it on its own cards" in page
+    assert "It replaces Night." in page
+    simulated_profile("greedy", gpu_memory_utilization=0.96)
+    told = client.get("/api/v1/profiles/greedy/plan").json()
+    assert (told["wakes"], told["replaces"], told["stops_sleepers"]) == (None, ["night"], ["day"])
+    assert "To make room it stops Day" in client.get("/profiles/greedy/").content.decode()
+    with pytest.raises(SystemExit):
+        call_command("plan", "day")
+    assert "replaces: night" in capsys.readouterr().out
+
+
+def test_a_stop_while_an_idle_model_is_laid_to_rest_is_a_stop(switch: Any, sim_rig: Any, alice: Any) -> None:
+    switch(sleeper("day"))
+    RigPolicy.objects.create(rig=sim_rig, minimum_residency_seconds=0)
+    resting = stop_request(deployment=deployment("day"), actor=PANEL, reason="idle", asker=Asker.CLOCK, rest=True)
+    again = stop_request(deployment=deployment("day"), actor=PANEL, reason="idle", asker=Asker.CLOCK, rest=True)
+    assert again.pk == resting.pk
+    job = stop_request(deployment=deployment("day"), actor=actor_of(alice))
+    assert job.pk != resting.pk
+    assert job.title == "Stop Day"
+    resting.refresh_from_db()
+    assert (resting.state, resting.superseded_by_id) == (JobState.CANCELLED, job.pk)
+    assert stop_request(deployment=deployment("day"), actor=PANEL, asker=Asker.CLOCK, rest=True).pk == job.pk
+    run(job)
+    assert (job.summary, status("day")) == ("Day was stopped.", Status.STOPPED)
+
+
+def test_waking_keeps_what_a_restart_owes(switch: Any, sim_rig: Any) -> None:
+    """What died sleeps under the same version elsewhere: the restart wakes that, and still owes the return."""
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    job = Job.objects.create(
+        kind="switch", title="Restart Day", rig_name=sim_rig.slug, queue="q", user_name="panel",
+        params={"version_id": day.current.pk, "exclusive": False}, data={"fallback": [4711], "stopped_old": True},
+    )  # fmt: skip
+    switch_sleep.plan_to_wake(cast(Any, Context(job)), deployment("day"), exclusive=False)
+    assert job.data["fallback"] == [4711, night.current.pk]
+
+
+class Context:
+    """As much of a job's context as a step that plans needs."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def save_data(self, **values: Any) -> None:
+        self.job.data = {**self.job.data, **values}
+
+    def set_deployment(self, pk: int) -> None:
+        self.job.deployment_id = pk
+
+
+def test_one_that_does_not_fall_asleep_serves_and_is_switched_cold(switch: Any) -> None:
+    switch(sleeper("day", fail_sleep=True))
+    assert "cuMem could not be released" in (deployment("day").sleep or {})["problem"]
+    switch(sleeper("night"))
+    assert status("day") == Status.STOPPED
+
+
+def test_a_host_without_room_for_the_weights_lets_nothing_sleep(switch: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sleeping, "host_memory_problem", lambda _: "its sleep needs 70 GiB")
+    switch(sleeper("day"))
+    assert (deployment("day").sleep or {})["problem"] == "its sleep needs 70 GiB"
+    switch(sleeper("night"))
+    assert status("day") == Status.STOPPED
+
+
+def test_a_sleeper_that_died_is_started_cold(switch: Any) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    launching.stop_processes(deployment("day"))
+    reconcile()
+    assert status("day") == Status.FAILED
+    switch(day)
+    assert Deployment.objects.filter(version__profile=day).count() == 2
+    assert status("day") == Status.READY
+
+
+def test_a_sleeper_that_is_frozen_is_found_out_and_ended(switch: Any) -> None:
+    """Nothing is asked of it until it is woken; by then a switch would wait for it in vain."""
+    day = sleeper("day")
+    RestartPolicy.objects.create(
+        profile=day, probe_every_seconds=0.05, probe_limit_seconds=0.5, probe_failures=2, restarts=3
+    )
+    switch(day)
+    switch(sleeper("night"))
+    for _ in range(3):
+        reconcile()
+    assert status("day") == Status.SLEEPING  # asked, and it answered
+    frozen = {p for r in deployment("day").replicas.all() for p in launching.observe(r).pids}
+    everybody = all_processes()
+    for pid in frozen:
+        send_signal(everybody[pid], signal.SIGSTOP)
+
+    def noticed() -> bool:
+        reconcile()
+        return status("day") == Status.FAILED
+
+    eventually(noticed, "the frozen sleeper is given up")
+    assert "hangs: 2 test requests in a row got no answer" in deployment("day").status_reason
+    assert not frozen & engine_pids()
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()  # it was to sleep, so nothing is started again
+    assert status("night") == Status.READY
+
+
+def test_a_sleeper_that_does_not_wake_is_started_cold_in_the_same_switch(switch: Any, monkeypatch: Any) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    old = deployment("day")
+    really = sleeping.wake_up
+
+    def fails_for_the_old_one(which: Deployment) -> str:
+        if which.pk == old.pk:
+            raise sleeping.SleepFailed("HTTP 500: out of memory")
+        return really(which)
+
+    monkeypatch.setattr(sleeping, "wake_up", fails_for_the_old_one)
+    job = switch(day)
+    assert any("did not wake (HTTP 500" in line.text for line in job.log_lines.all())
+    old.refresh_from_db()
+    assert (old.status, status("day"), status("night")) == (Status.STOPPED, Status.READY, Status.SLEEPING)
+
+
+def test_a_new_model_that_fails_wakes_what_it_had_put_to_sleep(switch: Any, sim_rig: Any, alice: Any) -> None:
+    switch(sleeper("day"))
+    before = deployment("day")
+    job = run(switch_request(profile=sleeper("broken", fail_phase="weights"), actor=actor_of(alice)))
+    assert job.state == JobState.FAILED
+    assert "Brought back Day." in job.summary
+    before.refresh_from_db()
+    assert before.status == Status.READY
+    assert Deployment.objects.filter(version__profile__slug="day").count() == 1
+    assert [entry.served_name for entry in route_table().routes if entry.targets] == ["day"]
+
+
+def test_what_does_not_wake_to_come_back_is_started_cold_and_nobody_wants_the_sleeper_any_more(
+    switch: Any, sim_rig: Any, alice: Any, monkeypatch: Any
+) -> None:
+    switch(sleeper("day"))
+    before = deployment("day")
+    really = sleeping.wake_up
+
+    def wakes_to_nothing(which: Deployment) -> str:
+        really(which)
+        raise sleeping.SleepFailed("HTTP 500: out of memory")
+
+    monkeypatch.setattr(sleeping, "wake_up", wakes_to_nothing)
+    job = run(switch_request(profile=sleeper("broken", fail_phase="weights"), actor=actor_of(alice)))
+    assert "Brought back Day." in job.summary
+    before.refresh_from_db()
+    assert (before.status, before.desired) == (Status.STOPPED, "stopped")
+    assert (deployment("day").status, deployment("day").desired) == (Status.READY, "serving")
+
+
+def test_a_new_version_does_not_wake_the_old_one(switch: Any) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    add_version(day, tp=4, replicas=1, model=catalogue_model("day"), enable_sleep_mode=True, gpu_memory_utilization=0.7)
+    switch(day)
+    assert sorted(Deployment.objects.filter(version__profile=day).values_list("status", flat=True)) == [
+        "ready",
+        "stopped",
+    ]
+
+
+def test_a_sleeper_is_stopped_like_any_other(switch: Any, alice: Any) -> None:
+    switch(sleeper("day"))
+    switch(sleeper("night"))
+    asleep = deployment("day")
+    job = run(stop_request(deployment=asleep, actor=actor_of(alice)))
+    assert job.state == JobState.SUCCEEDED, job.result
+    assert status("day") == Status.STOPPED
+    assert [launching.observe(r).state for r in asleep.replicas.all()] == [ProcessState.EXITED]
+
+
+def test_alone_means_that_nothing_sleeps_beside_it(switch: Any) -> None:
+    switch(sleeper("day"))
+    switch(sleeper("night"), exclusive=True)
+    assert status("day") == Status.STOPPED

@@ -1,0 +1,295 @@
+"""Pasted recipes: each piece of the text is accounted for, nothing is run, no secret survives."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apps.profiles.recipes.hidden import is_secret_name, redact
+from apps.profiles.recipes.reading import read_recipe
+from apps.profiles.recipes.result import Note, Reading, Recipe, RecipeError
+from apps.profiles.recipes.shell import read_commands
+
+SECRETS = ("hf_abcdefghijkl1234", "sk-proj-1234567890abc", "my-own-password")
+VLLM = r"""
+# the coder, on the first pair
+export HF_TOKEN=hf_abcdefghijkl1234
+MODEL=Qwen/Qwen2.5-Coder-32B-Instruct-AWQ
+CUDA_VISIBLE_DEVICES=0,1 sudo -E vllm serve "$MODEL" \
+   --tensor-parallel-size 2 -dp 2 --max-model-len 32k --gpu-memory-utilization=0.92 --swap-space 4 \
+   --enable-auto-tool-choice --tool-call-parser hermes --api-key sk-proj-1234567890abc --host 0.0.0.0 --port 8000 \
+   --hf-overrides '{"rope": {"a": 1}}' --served-model-name coder second --no-enable-prefix-caching --max-model-le 5 \
+   2>&1 | tee log.txt   # a comment
+"""
+SWAP = """
+healthCheckTimeout: 120
+macros:
+  server: llama-server -ngl 99 --flash-attn
+models:
+  qwen:
+    cmd: |
+      ${server} --port ${PORT}
+      -m /models/qwen.gguf -c 8192 -np 2
+    ttl: 300
+    aliases: [q]
+    env: ["CUDA_VISIBLE_DEVICES=0,1", "API_KEY=my-own-password"]
+  vl:
+    cmd: >
+      docker run --rm --gpus all -e HF_TOKEN=hf_abcdefghijkl1234 vllm/vllm-openai:v0.32
+      --model a/b --max-model-len 4096
+  broken: {proxy: "http://x"}
+"""
+COMPOSE = """
+x-common: &common
+  restart: unless-stopped
+services:
+  chat:
+    image: ghcr.io/open-webui/open-webui:main
+  llm:
+    <<: *common
+    image: vllm/vllm-openai:v0.32
+    command: ["--model", "a/b", "--max-model-len", "4096"]
+    environment: {HUGGING_FACE_HUB_TOKEN: "${HF_TOKEN}", NCCL_DEBUG: INFO}
+    ports: ["8000:8000"]
+    privileged: true
+"""
+
+
+def only(text: str) -> Recipe:
+    (recipe,) = read_recipe(text).recipes
+    return recipe
+
+
+def everything(reading: Reading) -> str:
+    notes = [*reading.notes]
+    for recipe in reading.recipes:
+        notes += [*recipe.understood, *recipe.left_out, *recipe.not_understood]
+    return repr((notes, reading.recipes))
+
+
+def said(notes: list[Note], text: str) -> str:
+    return next(note.sentence for note in notes if text in note.text)
+
+
+def test_a_vllm_line_becomes_a_profile() -> None:
+    recipe = only(VLLM)
+    assert (recipe.engine, recipe.model, recipe.served_name) == ("vllm", "Qwen/Qwen2.5-Coder-32B-Instruct-AWQ", "coder")
+    assert (recipe.replicas, recipe.tensor_parallel_size, recipe.pipeline_parallel_size) == (2, 2, 1)
+    assert recipe.options == {
+        "data_parallel": True,
+        "max_model_len": 32000,
+        "gpu_memory_utilization": 0.92,
+        "tool_call_parser": "hermes",
+        "hf_overrides": {"rope": {"a": 1}},
+        "enable_prefix_caching": False,
+    }
+
+
+def test_what_was_not_understood_is_named_with_the_nearest_or_the_reason() -> None:
+    recipe = only(VLLM)
+    assert "--max-model-len" in said(recipe.not_understood, "--max-model-le 5")
+    assert "no longer has --swap-space" in said(recipe.not_understood, "--swap-space 4")
+    assert "aliases" in said(recipe.not_understood, "second")
+    assert said(recipe.left_out, "--port 8000") == "The panel chooses a free port."
+    assert said(recipe.left_out, "CUDA_VISIBLE_DEVICES").startswith("The panel chooses the cards")
+
+
+def test_every_word_of_a_line_is_accounted_for() -> None:
+    line = "vllm serve a/b --max-num-seqs 8 --made-up x --host h -tp 2 stray --no-such --seed 1 --enforce-eager"
+    recipe = only(line)
+    told = " ".join(n.text for n in (*recipe.understood, *recipe.left_out, *recipe.not_understood))
+    for word in line.split()[2:]:
+        assert word in told, word
+
+
+@pytest.mark.parametrize("text", [VLLM, SWAP, COMPOSE])
+def test_no_secret_is_kept_or_shown(text: str) -> None:
+    told = everything(read_recipe(text)) + redact(text)
+    for secret in SECRETS:
+        assert secret not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("HF_TOKEN", True),
+        ("--api-key", True),
+        ("OPENAI_API_KEY", True),
+        ("DB_PASSWORD", True),
+        ("max_tokens", False),
+        ("--api-key-file", False),
+        ("kv_cache_dtype", False),
+        ("MONKEY", False),
+    ],
+)
+def test_secrets_are_known_by_their_names(name: str, secret: bool) -> None:
+    assert is_secret_name(name) is secret
+
+
+def test_redacting_keeps_the_rest_of_the_text() -> None:
+    text = (
+        'vllm serve a/b --api-key "my key" --port 8000\nHF_TOKEN=hf_abcdefghijkl1234 x\n'
+        "token: abc\n# sk-proj-1234567890abc"
+    )
+    assert redact(text) == (
+        "vllm serve a/b --api-key (hidden) --port 8000\nHF_TOKEN=(hidden) x\ntoken: (hidden)\n# (hidden)"
+    )
+
+
+def test_a_llama_server_line_becomes_a_profile() -> None:
+    recipe = only(
+        "LLAMA_ARG_THREADS=8 /opt/llama/llama-server -m /m/big.gguf -ngl 999 -c 16384 -np 4 -fa -ts 3,1 --mlock "
+        "-ctk q8_0 --lora x.gguf --api-key my-own-password --no-webui --n-cpu-moe 4"
+    )
+    assert (recipe.engine, recipe.model, recipe.device, recipe.tensor_parallel_size) == (
+        "llama_cpp",
+        "/m/big.gguf",
+        "gpu",
+        2,
+    )
+    assert recipe.options == {
+        "threads": 8,
+        "gpu_layers": "all",
+        "context_tokens": 16384,
+        "parallel": 4,
+        "flash_attention": "on",
+        "tensor_split": [3.0, 1.0],
+        "cache_type_k": "q8_0",
+        "extra_args": ["--load-mode", "mlock", "--n-cpu-moe", "4"],
+    }
+    assert [note.text for note in recipe.not_understood] == ["--lora x.gguf"]
+
+
+def test_no_layers_on_the_gpu_is_a_profile_for_the_cpu() -> None:
+    assert only("llama-server -m x.gguf -ngl 0").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m vllm.entrypoints.openai.api_server --model a/b -tp 4",
+        "python3.11 -u -m vllm.entrypoints.openai.api_server --model=a/b --tensor-parallel-size=4",
+        "nohup uv run vllm serve a/b -tp 4 > log 2>&1 &",
+        "numactl --cpunodebind=0 --membind=0 vllm serve a/b -tp 4",
+        "docker run --gpus all --ipc=host -p 8000:8000 vllm/vllm-openai:latest --model a/b -tp 4",
+        "podman run --rm --entrypoint vllm some/image serve a/b -tp 4",
+        "cd /opt && source venv/bin/activate && vllm serve a/b -tp 4",
+        "env A=1 /usr/bin/vllm serve a/b -tp 4",
+    ],
+)
+def test_the_program_is_found_behind_what_stands_before_it(line: str) -> None:
+    recipe = only(line)
+    assert (recipe.engine, recipe.model, recipe.tensor_parallel_size) == ("vllm", "a/b", 4)
+
+
+def test_a_llama_swap_file_gives_a_profile_for_each_model() -> None:
+    reading = read_recipe(SWAP)
+    qwen, vl = reading.recipes
+    assert (qwen.engine, qwen.model, qwen.served_name, qwen.tensor_parallel_size) == (
+        "llama_cpp",
+        "/models/qwen.gguf",
+        "qwen",
+        2,
+    )
+    assert qwen.options == {"gpu_layers": "all", "flash_attention": "on", "context_tokens": 8192, "parallel": 2}
+    assert "policy" in said(qwen.not_understood, "ttl: 300")
+    assert (vl.engine, vl.model, vl.options) == ("vllm", "a/b", {"max_model_len": 4096})
+    assert said(reading.notes, "broken")
+    assert said(reading.notes, "healthCheckTimeout")
+
+
+def test_a_compose_file_gives_a_profile_for_what_serves() -> None:
+    reading = read_recipe(COMPOSE)
+    (llm,) = reading.recipes
+    assert (llm.name, llm.model, llm.options) == ("llm", "a/b", {"max_model_len": 4096})
+    assert said(llm.not_understood, "privileged")
+    assert said(llm.not_understood, "NCCL_DEBUG")
+    assert "neither" in said(reading.notes, "chat")
+
+
+def test_what_only_a_shell_could_know_is_said() -> None:
+    recipe = only("vllm serve $(cat model) --max-model-len $LENGTH --seed `date`")
+    assert {"$(cat model)", "${LENGTH}", "`date`"} <= {note.text for note in recipe.not_understood}
+    assert recipe.options == {}
+
+
+def test_nothing_dangerous_becomes_anything() -> None:
+    reading = read_recipe("rm -rf / ; vllm serve 'a; touch x' --chat-template '--evil' | sh")
+    (recipe,) = reading.recipes
+    assert recipe.model == "a; touch x"
+    assert "chat_template" not in recipe.options
+    assert said(reading.notes, "rm -rf /")
+
+
+HOSTILE = [
+    ("", "nothing to read"),
+    ("x" * 70_000, "too long"),
+    ("\x00\x01\x02", "control characters"),
+    ("vllm serve 'a", "never closed"),
+    ("word " * 5000, "words"),
+    ("a: &a [*a]", "contains itself"),
+    ("services: " + "[" * 40 + "]" * 40, "nested"),
+    ("services: !!python/object/apply:os.system ['id']", "not YAML"),
+    ("a: 1\nb: [", "not YAML"),
+    ("a: 1\nb: 2", "neither a compose file"),
+    ("rigpanel_profile: 99\nmodel: x", "format 99"),
+    ("rigpanel_profile: 1\nmodel: x\nreplicas: many", "must be a number"),
+    ("A=" + "x" * 9000 + "\nB=$A$A$A\nvllm serve $B", "too long"),
+    ("# only a comment", "Only comments"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), HOSTILE)
+def test_hostile_text_is_answered_in_a_sentence(text: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        read_recipe(text)
+
+
+def test_a_yaml_bomb_is_refused_before_it_unfolds() -> None:
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(RecipeError, match="unfolds"):
+        read_recipe("\n".join(lines))
+    merges = ["services:", "  s0: &s0 {k: v}"] + [
+        f"  s{n}: &s{n} {{<<: [{','.join([f'*s{n - 1}'] * 10)}]}}" for n in range(1, 9)
+    ]
+    with pytest.raises(RecipeError, match="unfolds"):
+        read_recipe("\n".join(merges))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab -=$'\"\\`(){}\n;&|<>#:*&!%[],\t0" + "é\u2028"), max_size=120))
+def test_any_text_is_read_or_refused_in_words(text: str) -> None:
+    for start in ("", "vllm serve ", "llama-server -m x ", "services:\n  a: ", "models:\n  a:\n    cmd: "):
+        refused = ""
+        try:
+            read_recipe(start + text)
+        except RecipeError as error:
+            refused = str(error)
+        assert not refused or refused.endswith(".")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12), min_size=1, max_size=6))
+def test_words_are_cut_as_a_shell_cuts_them(words: list[str]) -> None:
+    import shlex
+
+    (command,) = read_commands("run " + shlex.join(words))
+    assert command.argv[1:] == words
+
+
+def test_a_large_but_allowed_text_is_read_at_once() -> None:
+    models = "\n".join(f"  m{n}: {{cmd: 'llama-server -m /m/{n}.gguf -c 4096 -ngl 99'}}" for n in range(40))
+    begun = time.process_time()
+    assert len(read_recipe("models:\n" + models).recipes) == 40
+    assert time.process_time() - begun < 30  # a limit for runaway work, not a measure
+
+
+def test_too_many_models_are_refused() -> None:
+    models: Any = "\n".join(f"  m{n}: {{cmd: 'llama-server -m /m/{n}.gguf'}}" for n in range(41))
+    with pytest.raises(RecipeError, match="more than 40"):
+        read_recipe("models:\n" + models)
