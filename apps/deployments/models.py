@@ -50,6 +50,11 @@ class Desired(models.TextChoices):
     STOPPED = "stopped", "Stopped"
 
 
+# Of deployments: what failed though it should serve, which is started again as its restart policy says.
+COMES_BACK = Q(status=Status.FAILED, desired=Desired.SERVING)
+LIVE_OR_COMES_BACK = Q(status__in=LIVE) | COMES_BACK
+
+
 class Deployment(models.Model):
     """One profile version on a rig. ``desired`` is what a person asked, ``status`` what was seen.
 
@@ -85,6 +90,11 @@ class Deployment(models.Model):
     @property
     def is_live(self) -> bool:
         return self.status in LIVE
+
+    @property
+    def comes_back(self) -> bool:
+        """Like ``COMES_BACK``, of one row."""
+        return self.status == Status.FAILED and self.desired == Desired.SERVING
 
     @property
     def is_serving(self) -> bool:

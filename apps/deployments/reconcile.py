@@ -11,7 +11,6 @@ from typing import Any
 
 import structlog
 from django.db import transaction
-from django.db.models import Q
 from django.utils import timezone
 
 from apps.audit.services import record
@@ -20,7 +19,7 @@ from apps.common.identity import lives
 from apps.deployments import launching, probing, routes, shared
 from apps.deployments.decide import WATCHED, Act, Decision, Observation, ReplicaSeen, decide
 from apps.deployments.equipment import engine_adapter
-from apps.deployments.models import LIVE, Deployment, Desired, Replica, RestartPolicy, Status
+from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment, Replica, RestartPolicy, Status
 from apps.deployments.replica_restart import is_renewing, restart_replica, tell_given_up, with_its_tries
 from apps.deployments.restarting import engines_busy, look_at_failed, plain, policy_of
 from apps.deployments.status import deployment_transition
@@ -43,8 +42,7 @@ def reconcile(**_: Any) -> None:
         log.warning("holds of a job that has ended", job=job_id)
         routes.release(job_id)
     routes.end_wait_for_restart()
-    wanted = Q(status__in=LIVE) | Q(status=Status.FAILED, desired=Desired.SERVING)
-    for deployment in Deployment.objects.filter(wanted, rig=rig).select_related("version__profile", "rig"):
+    for deployment in Deployment.objects.filter(LIVE_OR_COMES_BACK, rig=rig).select_related("version__profile", "rig"):
         try:
             _look(deployment)
         except JobFailed as error:  # a process that survives everything must not hide the other deployments

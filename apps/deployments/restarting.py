@@ -17,7 +17,7 @@ from apps.common.actors import PANEL
 from apps.common.realtime import page_changed
 from apps.deployments import routes
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
-from apps.deployments.models import Deployment, Desired, RestartPolicy, Status
+from apps.deployments.models import COMES_BACK, Deployment, Desired, RestartPolicy
 from apps.deployments.pauses import pause_words, paused_cards
 from apps.deployments.switch import exclusion
 from apps.deployments.switch_sleep import effect_of
@@ -84,9 +84,7 @@ def _paused(deployment: Deployment) -> str:
 
 def _claim(deployment: Deployment, **values: object) -> bool:
     """Of two ticks at once one acts: the wish that the failed row carried goes over to what comes of it."""
-    won = Deployment.objects.filter(pk=deployment.pk, status=Status.FAILED, desired=Desired.SERVING).update(
-        desired=Desired.STOPPED, **values
-    )
+    won = Deployment.objects.filter(COMES_BACK, pk=deployment.pk).update(desired=Desired.STOPPED, **values)
     return won == 1
 
 

@@ -20,7 +20,7 @@ from apps.common.identity import is_known_dead, is_known_running
 from apps.common.models import Epoch
 from apps.common.store import store
 from apps.deployments.engine_http import doors
-from apps.deployments.models import SERVING, Deployment, Desired, GatewayProcess, Route, RouteState, Status
+from apps.deployments.models import COMES_BACK, SERVING, Deployment, GatewayProcess, Route, RouteState
 
 log = structlog.get_logger(__name__)
 ROUTES_EPOCH = "routes"
@@ -141,7 +141,7 @@ def end_wait_for_restart(deployment: Deployment | None = None) -> None:
     if deployment is not None:
         waits = waits.filter(deployment=deployment)
     else:
-        waits = waits.exclude(deployment__status=Status.FAILED, deployment__desired=Desired.SERVING)
+        waits = waits.exclude(deployment__in=Deployment.objects.filter(COMES_BACK))
     with transaction.atomic():
         if waits.delete()[0]:
             routes_changed()
@@ -164,8 +164,7 @@ def release(job_id: int, *, heir_id: int | None = None) -> int:
 
 
 def _to_be_restarted(served_name: str) -> Deployment | None:
-    failed = Deployment.objects.filter(served_name=served_name, status=Status.FAILED, desired=Desired.SERVING)
-    return failed.order_by("-pk").first()
+    return Deployment.objects.filter(COMES_BACK, served_name=served_name).order_by("-pk").first()
 
 
 def stale_holds(live_job_ids: Collection[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apps.common.errors import NotFound
-from apps.deployments.models import LIVE, SERVING, Deployment, Desired, Status
+from apps.deployments.models import LIVE, SERVING, Deployment, Status
 from apps.deployments.routes import RouteEntry, RouteTable, Target, live_gateways, route_table
 from apps.rigs.models import Rig
 
@@ -53,7 +53,7 @@ def empty_because(rig: Rig) -> str:
         return ""
     comes = (
         "The panel starts it again."
-        if last.desired == Desired.SERVING
+        if last.comes_back
         else "Nothing is started by itself any more: switch to a model that works."
     )
     return f"{last.profile_name}: {last.status_reason or 'it failed.'} {comes}"

@@ -159,8 +159,7 @@ def stop_request(
     with transaction.atomic():
         rig = Rig.objects.select_for_update(no_key=True).get(pk=deployment.rig_id)
         deployment.refresh_from_db()
-        comes_back = deployment.status == Status.FAILED and deployment.desired == Desired.SERVING
-        if deployment.status not in LIVE and not comes_back:
+        if not deployment.is_live and not deployment.comes_back:
             raise Conflict(f"{deployment.profile_name} is not running any more.", code="not_running")
         verdict = stop_verdict(deployment, asker=asker, asker_pk=actor.user_pk, override=override, passing=passing)
         enforce(verdict, actor)

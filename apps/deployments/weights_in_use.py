@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from django.db.models import Q
 from django.urls import reverse
 
 from apps.catalog.selectors import Usage
 from apps.deployments.equipment import model_source, runs_simulated
 from apps.deployments.heirs import owed
-from apps.deployments.models import LIVE, Deployment, Desired, Status
+from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment
 from apps.jobs.models import LIVE_STATES, Job
 from apps.profiles.models import ProfileVersion
 from apps.rigs.models import Rig
@@ -32,11 +31,9 @@ def needed_from(rig_name: str, path: str) -> list[Usage]:
 
 
 def _deployments(rig: Rig) -> Iterator[tuple[ProfileVersion, Usage]]:
-    wanted = Q(status__in=LIVE) | Q(status=Status.FAILED, desired=Desired.SERVING)
-    for one in Deployment.objects.filter(wanted, rig=rig, simulated=False).select_related(
-        "version__profile", "version__model"
-    ):
-        detail = "is started again" if one.status == Status.FAILED else one.get_status_display()
+    wanted = Deployment.objects.filter(LIVE_OR_COMES_BACK, rig=rig, simulated=False)
+    for one in wanted.select_related("version__profile", "version__model"):
+        detail = "is started again" if one.comes_back else one.get_status_display()
         yield one.version, Usage(one.profile_name, reverse("deployments:detail", args=[one.pk]), detail)
 
 

@@ -9,10 +9,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from django.db.models import F, Max, Q
+from django.db.models import F, Max
 
 from apps.common.roles import Role
-from apps.deployments.models import COMING_UP, SERVING, Deployment, Desired, Status
+from apps.deployments.models import COMING_UP, LIVE_OR_COMES_BACK, SERVING, Deployment, Status
 from apps.deployments.policies.decide import request_may_load
 from apps.deployments.policies.models import LoadBy
 from apps.deployments.policies.selectors import loading_by_profile
@@ -95,9 +95,7 @@ class MenuReader:
     def read(self) -> Menu:
         states: dict[str, str] = {}
         last_ran: dict[int, int] = {}
-        known = Q(status__in=[status for status, _ in STATES if status != Status.FAILED])
-        coming_back = Q(status=Status.FAILED, desired=Desired.SERVING)
-        live = list(Deployment.objects.filter(known | coming_back).values_list("served_name", "status"))
+        live = list(Deployment.objects.filter(LIVE_OR_COMES_BACK).values_list("served_name", "status"))
         for status, state in reversed(STATES):  # loaded has the last word
             states.update({name: state for name, has in live if has == status})
         last_ran = dict(

@@ -14,12 +14,11 @@ from datetime import datetime, timedelta
 
 import structlog
 from django.db import transaction
-from django.db.models import Q
 from django.utils import timezone
 
 from apps.common.errors import ApplicationError
 from apps.common.roles import Role
-from apps.deployments.models import LIVE, Deployment, Desired, Status
+from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment
 from apps.gateway.database import Worker
 
 log = structlog.get_logger(__name__)
@@ -141,8 +140,8 @@ def unloaded(wish: Wish) -> Answer:
     from apps.deployments.services import stop_request
 
     # One that failed and is to be started again comes up for whoever looks at the list: it can be ended there, too.
-    there = Q(status__in=LIVE) | Q(status=Status.FAILED, desired=Desired.SERVING)
-    deployment = Deployment.objects.filter(there, served_name=wish.served_name).order_by("-pk").first()
+    there = Deployment.objects.filter(LIVE_OR_COMES_BACK, served_name=wish.served_name)
+    deployment = there.order_by("-pk").first()
     user = User.objects.filter(pk=wish.user_id, is_active=True).first()
     if deployment is None or user is None or not Role(wish.role).covers(Role.OPERATOR):
         return Answer(refused="Nothing of it runs, or you may not stop it.", forbidden=True)
