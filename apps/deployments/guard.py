@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -65,6 +66,11 @@ def is_well(card: Gpu, reading: Mapping[str, Any]) -> bool:
     return critical is None or (degrees is not None and degrees < critical)
 
 
+def looks(card: Gpu, frames: Sequence[Frame]) -> list[tuple[datetime, bool]]:
+    """When it was read, and whether it was well."""
+    return [(datetime.fromtimestamp(f.at, UTC), is_well(card, f.gpus.get(card.uuid, {"lost": 1}))) for f in frames]
+
+
 def dangers(cards: Sequence[Gpu], frames: Sequence[Frame]) -> dict[int, Danger]:
     """Per card id. Nothing without fresh frames: an old reading stops nobody's work."""
     if not frames or not is_live(frames[-1]):
@@ -99,9 +105,7 @@ def guard(**_: object) -> None:
     if not held and not pauses:
         return
     frames = recent(rig.slug, HOT_SECONDS + 2)
-    if pauses and frames and is_live(frames[-1]):
-        last = frames[-1].gpus
-        pauses_look(pauses, {p.gpu_id: is_well(p.gpu, last.get(p.gpu.uuid, {"lost": 1})) for p in pauses})
+    pauses_look(pauses, {p.gpu_id: looks(p.gpu, frames) for p in pauses})
     cards = {r.gpu.pk: r.gpu for r in held if r.gpu is not None}
     found = dangers(list(cards.values()), frames)
     if not found:

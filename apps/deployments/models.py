@@ -187,12 +187,14 @@ class PowerCap(models.Model):
 
 class CardPause(models.Model):
     """A card that the guard took work from: nothing is loaded there by itself until it has been well for a while, or
-    an operator allows it. ``why`` follows its name ("was stopped for heat"); ``well_since`` is null while it is not."""
+    an operator allows it. ``why`` follows its name ("was stopped for heat"); ``well_since`` is null while it is not, or
+    while nobody reads it; ``read_at`` is the last reading that was looked at."""
 
     gpu = models.OneToOneField(Gpu, on_delete=models.CASCADE, related_name="pause")
     at = models.DateTimeField(default=timezone.now)
     why = models.CharField(max_length=60)
     well_since = models.DateTimeField(null=True)
+    read_at = models.DateTimeField(default=timezone.now)
 
     def __str__(self) -> str:
         return f"{self.gpu} {self.why}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import time_machine
 from django.test import Client
 from django.utils import timezone
 
@@ -151,9 +152,9 @@ def test_it_serves_again_after_it_has_been_well_for_a_while(quad: Any, degrees: 
     degrees[1] = 70.0
     guard.guard()
     CardPause.objects.update(well_since=timezone.now() - PAUSE)
-    assert paused_cards(quad) == {}
+    assert paused_cards(quad)  # its time is over when somebody has looked at the card
     guard.guard()
-    assert not CardPause.objects.exists()
+    assert paused_cards(quad) == {}
     assert AuditEntry.objects.get(action="card.allow").actor_name == "panel"
     assert switch_request(profile=deployment.version.profile, actor=PANEL, rig=quad, asker=Asker.CLOCK).kind == "switch"
 
@@ -161,11 +162,71 @@ def test_it_serves_again_after_it_has_been_well_for_a_while(quad: Any, degrees: 
 def test_a_clock_that_was_set_back_does_not_keep_it_for_ever(quad: Any) -> None:
     gpu = quad.gpus.get(index=1)
     pause_card(gpu, "was stopped for heat", "hot")
-    CardPause.objects.update(well_since=timezone.now() + timedelta(days=1))
-    pauses_look(CardPause.objects.all(), {gpu.pk: True})
+    ahead = timezone.now() + timedelta(days=1)
+    CardPause.objects.update(well_since=ahead, read_at=ahead)
+    pauses_look(CardPause.objects.all(), {gpu.pk: [(ahead, True), (timezone.now(), True)]})
     since = CardPause.objects.get().well_since
     assert since is not None
     assert since <= timezone.now()
+
+
+@pytest.fixture
+def clock() -> Iterator[time_machine.Coordinates]:
+    with time_machine.travel(datetime(2026, 11, 23, 14, 0, tzinfo=UTC), tick=False) as coordinates:
+        yield coordinates
+
+
+def test_it_stays_paused_while_nobody_reads_the_card(
+    clock: time_machine.Coordinates, quad: Any, degrees: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot(quad, degrees)
+    degrees[1] = 70.0
+    clock.shift(1)
+    guard.guard()
+    assert "it may serve again after 14:10, or" in paused_shown(quad)[0].sentence
+    last = guard.recent("", 1)
+    with monkeypatch.context() as silent:
+        silent.setattr(guard, "recent", lambda *_: last)
+        clock.shift(PAUSE)
+        assert paused_shown(quad)[0].free_at is None
+        guard.guard()
+        (shown,) = paused_shown(quad)
+        assert shown.free_at is None
+        assert "and is not read at present; it may serve again once it has been well for 10 min, or" in shown.sentence
+    guard.guard()  # it is read again, and its time begins anew
+    assert "it may serve again after 14:20, or" in paused_shown(quad)[0].sentence
+
+
+def test_its_time_begins_anew_where_nobody_looked_at_the_readings(
+    clock: time_machine.Coordinates, quad: Any, degrees: dict[int, float]
+) -> None:
+    hot(quad, degrees)
+    degrees[1] = 70.0
+    clock.shift(1)
+    guard.guard()
+    clock.shift(PAUSE)
+    guard.guard()
+    assert CardPause.objects.get().well_since == timezone.now()
+
+
+def test_a_look_that_comes_late_counts_the_readings_in_between(clock: time_machine.Coordinates, quad: Any) -> None:
+    gpu = quad.gpus.get(index=1)
+    pause_card(gpu, "was stopped for heat", "hot")
+    began = timezone.now()
+
+    def look(well: dict[int, bool]) -> datetime | None:
+        looks = [(began + timedelta(seconds=second), well[second]) for second in sorted(well)]
+        pauses_look(CardPause.objects.all(), {gpu.pk: looks})
+        return CardPause.objects.get().well_since
+
+    clock.shift(9)
+    assert look(dict.fromkeys(range(10), True)) == began + timedelta(seconds=1)
+    clock.shift(9)
+    assert look(dict.fromkeys(range(9, 19), True)) == began + timedelta(seconds=1)
+    clock.shift(9)  # it was hot in between, which the last reading does not show
+    assert look(dict.fromkeys(range(18, 28), True) | {20: False}) == began + timedelta(seconds=21)
+    clock.shift(9)  # and here some readings are missing
+    assert look({28: True, 35: True, 36: True}) == began + timedelta(seconds=35)
 
 
 def test_a_card_that_nobody_can_read_is_not_called_well(quad: Any) -> None:

@@ -72,7 +72,8 @@ class PinIn(Schema):
 
 
 class PauseOut(Schema):
-    """``gpu`` is the card's index; ``free_at`` is null while it is not well yet. ``sentence`` says all of it."""
+    """``gpu`` is the card's index; ``free_at`` is null while it is not well yet or not read. ``sentence`` says all
+    of it."""
 
     id: int
     gpu: int

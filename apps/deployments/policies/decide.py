@@ -57,26 +57,34 @@ class PinFact:
 
 @dataclass(frozen=True, slots=True)
 class PausedCard:
-    """A card that the guard took work from. ``why`` follows its name; ``free_at`` is None while it is not well yet."""
+    """A card that the guard took work from. ``why`` follows its name; ``free_at`` is when it may serve again if it is
+    well until then, None while it is not well yet. Not ``is_read``: nobody can tell now how it is."""
 
     pk: int
     index: int
     why: str
     at: datetime
     free_at: datetime | None
+    is_read: bool
 
     @property
     def key(self) -> str:
         return f"card-{self.pk}-{self.at.timestamp():.0f}"
 
+    @property
+    def expected_at(self) -> datetime | None:
+        """``free_at`` where somebody watches over it."""
+        return self.free_at if self.is_read else None
+
     def words(self, now: datetime, zone: ZoneInfo) -> str:
         again = (
-            f"after {clock(self.free_at, now, zone)}"
-            if self.free_at
+            f"after {clock(self.expected_at, now, zone)}"
+            if self.expected_at
             else f"once it has been well for {seconds(PAUSE.total_seconds())}"
         )
         return (
-            f"GPU {self.index} {self.why} at {clock(self.at, now, zone)}; it may serve again {again}, "
+            f"GPU {self.index} {self.why} at {clock(self.at, now, zone)}"
+            f"{'' if self.is_read else ' and is not read at present'}; it may serve again {again}, "
             "or when an operator says so"
         )
 
