@@ -136,6 +136,7 @@ def preflight_step(ctx: JobContext) -> str:
     the_plan = _planned(ctx)
     if refusals := _refusals(ctx, the_plan):
         raise JobFailed(" ".join(refusals), cause="does_not_fit")
+    _sleepers_to_end(ctx, replaced_by(ctx))
     launching.free_ports(len(the_plan.servers))
     return "engine, weights and ports are there"
 
@@ -164,11 +165,12 @@ def drain_step(ctx: JobContext) -> str:
 
 def stop_step(ctx: JobContext) -> str:
     old = replaced_by(ctx)
-    told = [] if nothing_to_do(ctx) else _make_room(ctx, old)
+    told = [] if nothing_to_do(ctx) else switch_sleep.make_room(ctx, _sleepers_to_end(ctx, old))
     if not old:
         return "; ".join(told) or "nothing to stop"
     ctx.save_data(stopped_old=True)  # before the first signal: from here on there is something to bring back
-    for deployment in old:
+    # What sleeps goes first: whoever is laid down after it finds its place.
+    for deployment in sorted(old, key=lambda d: d.status != Status.SLEEPING):
         why = f"replaced by {ctx.job.profile_name}"
         if (slept := switch_sleep.lay_down(ctx, deployment, target_of(ctx), why)) is not None:
             told.append(f"{deployment.profile_name}: {slept}")
@@ -183,9 +185,10 @@ def stop_step(ctx: JobContext) -> str:
     return "; ".join(told)
 
 
-def _make_room(ctx: JobContext, old: list[Deployment]) -> list[str]:
+def _sleepers_to_end(ctx: JobContext, old: list[Deployment]) -> list[Deployment]:
+    """The sleepers to end for it. Raises JobFailed where a pin keeps one of them, which it may since the plan step."""
     target = target_of(ctx)
-    return switch_sleep.make_room(ctx, target, old, spared(ctx.job, target.rig))
+    return switch_sleep.sleepers_to_end(ctx, target, old, spared(ctx.job, target.rig))
 
 
 def memory_step(ctx: JobContext) -> str:

@@ -65,7 +65,7 @@ def effect_of(
     the_plan: Plan | None = None,
 ) -> Effect:
     """One that sleeps is woken on its own cards, wherever the planner would lay a new one. ``keep`` are profiles whose
-    sleepers end last (see ``make_room``)."""
+    sleepers end last (see ``sleepers_to_end``)."""
     asleep = None
     if version.pk is not None:  # not a draft
         sleeping_here = Deployment.objects.filter(rig=rig, version=version, status=Status.SLEEPING)
@@ -105,18 +105,27 @@ def in_the_way_of_waking(asleep: Deployment, exclusive: bool) -> list[Deployment
     return in_the_way
 
 
-def make_room(ctx: JobContext, target: Deployment, old: Sequence[Deployment], spare: Mapping[int, str]) -> list[str]:
-    """End the sleepers on the target's cards that would leave it too little: vLLM wants its share of a card free.
+def sleepers_to_end(
+    ctx: JobContext, target: Deployment, old: Sequence[Deployment], spare: Mapping[int, str]
+) -> list[Deployment]:
+    """The sleepers on the target's cards, beside ``old``, that would leave it too little: vLLM wants its share of a
+    card free.
 
     ``spare`` says of profiles why they may not end: before one of theirs does, none of ``old`` is laid down beside it.
-    Raises JobFailed, with nothing stopped, where that does not help."""
+    Raises JobFailed where that does not help."""
     if ctx.job.data.get("wake"):
         return []
     cards = [gpu for gpus in ctx.job.data["placement"] for gpu in gpus]
     coming = sum(sleeping.may_stay(d, target, cards, waking=True) for d in old)
-    ending = sleeping.room_for(target.version, cards, keep=coming, last=spare)
+    leaving = {d.pk for d in old} - set(ctx.job.data.get("slept", []))  # those were laid down by an earlier try
+    ending = sleeping.room_for(target.version, cards, keep=coming, last=spare, without=leaving)
     if told := [spare[d.version.profile_id] for d in ending if d.version.profile_id in spare]:
         raise JobFailed(told[0], cause="pinned")
+    return ending
+
+
+def make_room(ctx: JobContext, ending: Sequence[Deployment]) -> list[str]:
+    """Stop these; a sentence each."""
     told = []
     for sleeper in ending:
         why = f"it slept on cards that {ctx.job.profile_name} needs"

@@ -22,7 +22,7 @@ from apps.deployments.policies.models import Pin, RigPolicy
 from apps.deployments.reconcile import reconcile
 from apps.deployments.routes import route_table
 from apps.deployments.services import stop_request, switch_request
-from apps.jobs.models import LIVE_STATES, Job, JobState
+from apps.jobs.models import LIVE_STATES, Job, JobState, StepState
 from apps.profiles.models import Profile
 from apps.rigs.models import Gpu
 from apps.runners.processes import all_processes, send_signal
@@ -174,6 +174,49 @@ def test_what_serves_is_stopped_before_a_pinned_sleeper_ends(switch: Any, alice:
         "stopped",
         "ready",
     ]
+
+
+def test_what_is_pinned_is_renewed_while_its_older_version_sleeps(switch: Any, alice: Any, olivia: Any) -> None:
+    """A pin binds no renewal, and the sleeper that would leave no room is the one that this switch ends anyway."""
+    switch(sleeper("day"))
+    switch(sleeper("night"))
+    pinned("day", alice)
+    add_day(gpu_memory_utilization=0.96)
+    job = run(switch_request(profile=Profile.objects.get(slug="day"), actor=actor_of(olivia)))
+    assert job.state == JobState.SUCCEEDED, job.result
+    assert job.steps.get(name="stop").detail.startswith("Day: ")
+    assert {d.status for d in Deployment.objects.exclude(pk=deployment("day").pk)} == {Status.STOPPED}
+
+
+def test_an_older_version_that_sleeps_takes_no_place_from_what_is_laid_down(switch: Any, olivia: Any) -> None:
+    """0.9 of a card leaves room for one sleeper: the older version goes, so what served may sleep."""
+    day, night = sleeper("day"), sleeper("night")
+    for profile in (night, day, night):  # what serves was started before what sleeps
+        switch(profile)
+    pinned("day", olivia)
+    add_day(gpu_memory_utilization=0.9)
+    switch(day)
+    assert (status("day"), status("night")) == (Status.READY, Status.SLEEPING)
+    assert Deployment.objects.filter(status=Status.STOPPED).count() == 1
+
+
+def add_day(**options: Any) -> None:
+    profile = Profile.objects.get(slug="day")
+    add_version(profile, tp=4, replicas=1, model=catalogue_model("day"), enable_sleep_mode=True, **options)
+
+
+def test_a_pinned_sleeper_in_the_way_of_a_cold_start_is_told_before_requests_are_held(
+    switch: Any, alice: Any, olivia: Any
+) -> None:
+    """It should have been woken beside the pinned one; it had died, and a cold start wants the whole card."""
+    for profile in (sleeper("greedy", gpu_memory_utilization=0.96), sleeper("day"), sleeper("night")):
+        switch(profile)
+    pinned("day", alice)
+    launching.stop_processes(deployment("greedy"))
+    job = run(switch_request(profile=Profile.objects.get(slug="greedy"), actor=actor_of(olivia)))
+    assert job.summary.startswith("Not switched: Day is pinned by alice"), job.summary
+    assert job.steps.get(name="hold").state == StepState.SKIPPED
+    assert (status("day"), status("night")) == (Status.SLEEPING, Status.READY)
 
 
 def test_the_plan_says_what_waking_replaces_and_who_ends_for_room(
@@ -347,7 +390,7 @@ def test_a_new_version_does_not_wake_the_old_one(switch: Any) -> None:
     day, night = sleeper("day"), sleeper("night")
     switch(day)
     switch(night)
-    add_version(day, tp=4, replicas=1, model=catalogue_model("day"), enable_sleep_mode=True, gpu_memory_utilization=0.7)
+    add_day(gpu_memory_utilization=0.7)
     switch(day)
     assert sorted(Deployment.objects.filter(version__profile=day).values_list("status", flat=True)) == [
         "ready",
