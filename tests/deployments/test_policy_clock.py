@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -17,13 +18,24 @@ from apps.common.errors import Invalid
 from apps.deployments.models import Deployment
 from apps.deployments.policies import services, ticking
 from apps.deployments.policies.calendar import DAY, WEEK, Slot, active, begun_at, coming, ends_at, overlap
-from apps.deployments.policies.clockwork import Act, ActKind, Home, IdleAction, Running, Tried, next_act
+from apps.deployments.policies.clockwork import (
+    HOME_DAILY,
+    Act,
+    ActKind,
+    Home,
+    IdleAction,
+    Running,
+    Tried,
+    next_act,
+)
 from apps.deployments.policies.models import CalendarSlot, RigPolicy
 from apps.deployments.policies.selectors import policy_of
 from apps.deployments.policies.times import as_utc, wall
 from apps.deployments.scrape import EngineFacts
 from apps.deployments.services import switch_request
 from apps.jobs.models import Job
+from apps.profiles.models import Profile
+from apps.profiles.services import profile_update
 from tests.deployments.test_policies import pin, serving
 from tests.factories.profiles import simulated_profile
 
@@ -209,12 +221,44 @@ def test_a_way_home_that_failed_is_tried_again_with_the_same_backoff() -> None:
     assert act(**asked, now=evening, home_tried=failed(5, 600, due)) is not None  # the next day is another time
 
 
+def test_a_home_without_a_time_of_day_is_tried_once_a_day_after_the_bound() -> None:
+    asked: dict[str, Any] = {"home": Home(9, "Home", after_idle_seconds=600), "running": []}
+    begun = MONDAY - timedelta(days=3)
+
+    def tried(hours_ago: float) -> Tried:
+        return replace(failed(5, hours_ago * 60, begun), then=HOME_DAILY)
+
+    assert act(**asked, home_tried=tried(23.9)) is None
+    found = act(**asked, home_tried=tried(24))
+    assert found is not None
+    assert (found.profile_id, found.mark) == (9, begun)
+    used: dict[str, Any] = {**asked, "running": [Running(1, 8, "Other", 0.0)]}
+    assert act(**used, home_tried=tried(24)) is None
+    assert tried(1).words(MONDAY, BERLIN) == (
+        "not switched: the last try failed at 09:00, after 5 failures once a day: next at Tue 09:00, or once its "
+        "profile is changed or somebody has switched. Office did not start: no."
+    )
+    assert "next once what runs has idled long enough" in tried(24).words(MONDAY, BERLIN)
+
+
+def test_what_was_changed_since_it_failed_is_tried_at_once() -> None:
+    begun = berlin(2026, 11, 23, 9, 0)
+    unchanged, changed = failed(5, 0, begun), failed(0, 0, begun)
+    for asked in ({"slots": [OFFICE], "acted": {3: begun}}, {"home": HOME, "home_acted": begun, "running": []}):
+        whose = "slot_tried" if "slots" in asked else "home_tried"
+        assert act(**asked, **{whose: unchanged}) is None
+        assert act(**asked, **{whose: changed}) is not None
+
+
 def test_a_try_that_failed_says_when_the_next_one_is() -> None:
     begun = berlin(2026, 11, 23, 9, 0)
     told = failed(1, 0.5, begun).words(MONDAY, BERLIN)
     assert told == "not switched: the last try failed at 09:59, next at 10:00. Office did not start: no."
     told = failed(5, 10, begun).words(MONDAY, BERLIN)
-    assert "failed at 09:50, and after 5 tries it is left at that" in told
+    assert (
+        "failed at 09:50, and after 5 tries it is left at that: change its profile, switch by hand, or wait for the "
+        "next time. Office" in told
+    )
 
 
 def test_home_is_where_the_rig_goes_after_everything_idled() -> None:
@@ -341,6 +385,74 @@ def test_a_way_home_that_failed_is_tried_again(clocked: Any, olivia: Any) -> Non
     Job.objects.filter(pk=first.pk).update(finished_at=timezone.now() - timedelta(minutes=2))
     ticking.tick(clocked.slug)
     assert Job.objects.get(state="queued").data["clock"] == first.data["clock"]
+
+
+@pytest.fixture
+def failed_home(clocked: Any, olivia: Any) -> Profile:
+    """Home after idling, with nothing that serves and five tries that failed, the last one just now."""
+    home = simulated_profile("home")
+    serving(clocked)
+    Deployment.objects.update(status="stopped", ended_at=timezone.now() - timedelta(hours=9))
+    services.rig_policy_set(rig=clocked, actor=actor_of(olivia), home_profile=home, home_after_idle_seconds=60)
+    for _ in range(5):
+        Job.objects.update(finished_at=timezone.now() - timedelta(hours=1))
+        ticking.tick(clocked.slug)
+        Job.objects.filter(state="queued").update(
+            state="failed", finished_at=timezone.now(), result={"summary": "Home did not start: no."}
+        )
+    assert Job.objects.filter(data__has_key="clock").count() == 5
+    RigPolicy.objects.update(home_acted_for=timezone.now() - timedelta(hours=4))
+    return home
+
+
+def test_a_home_that_failed_too_often_is_tried_again_a_day_later(clocked: Any, failed_home: Profile) -> None:
+    Job.objects.update(finished_at=timezone.now() - timedelta(hours=23))
+    ticking.tick(clocked.slug)
+    assert not Job.objects.filter(state="queued").exists()
+    told = policy_of(clocked).clock_answer
+    assert "after 5 failures once a day: next at " in told
+    assert told.endswith("Home did not start: no.")
+    Job.objects.update(finished_at=timezone.now() - timedelta(hours=24))
+    ticking.tick(clocked.slug)
+    assert Job.objects.get(state="queued").profile_slug == "home"
+    Job.objects.filter(state="queued").update(state="failed", finished_at=timezone.now() - timedelta(hours=23))
+    ticking.tick(clocked.slug)  # once a day, not five times
+    assert not Job.objects.filter(state="queued").exists()
+
+
+def test_a_home_that_failed_too_often_is_tried_again_once_its_profile_is_changed(
+    clocked: Any, failed_home: Profile, olivia: Any
+) -> None:
+    ticking.tick(clocked.slug)
+    assert not Job.objects.filter(state="queued").exists()
+    profile_update(failed_home, actor=actor_of(olivia), options={"load_seconds": 1})
+    ticking.tick(clocked.slug)
+    again = Job.objects.get(state="queued")
+    assert (again.profile_slug, again.profile_version) == ("home", 2)
+    Job.objects.filter(pk=again.pk).update(state="failed", finished_at=timezone.now() - timedelta(minutes=2))
+    ticking.tick(clocked.slug)  # a minute after its first failure
+    assert Job.objects.get(state="queued").profile_version == 2
+
+
+def test_another_home_does_not_inherit_the_failures_of_the_one_before(
+    clocked: Any, failed_home: Profile, olivia: Any
+) -> None:
+    services.rig_policy_set(rig=clocked, actor=actor_of(olivia), home_profile=simulated_profile("other"))
+    ticking.tick(clocked.slug)
+    job = Job.objects.get(state="queued")
+    assert job.profile_slug == "other"
+    assert policy_of(clocked).clock_answer == ""
+    Job.objects.filter(pk=job.pk).update(state="failed", finished_at=timezone.now() - timedelta(minutes=2))
+    ticking.tick(clocked.slug)  # a minute after its first failure
+    assert Job.objects.get(state="queued").profile_slug == "other"
+
+
+def test_who_takes_home_away_takes_its_words_away(clocked: Any, failed_home: Profile, olivia: Any) -> None:
+    ticking.tick(clocked.slug)
+    assert policy_of(clocked).clock_answer.startswith("home: ")
+    services.rig_policy_set(rig=clocked, actor=actor_of(olivia), home_profile=None)
+    ticking.tick(clocked.slug)
+    assert policy_of(clocked).clock_answer == ""
 
 
 def test_a_pin_holds_the_clock_and_the_page_says_so(clocked: Any, client: Client, alice: Any, olivia: Any) -> None:

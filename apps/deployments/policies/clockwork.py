@@ -18,6 +18,7 @@ HOME_LATE = timedelta(hours=1)
 HOME_AGAIN = timedelta(minutes=30)  # a way home that somebody cancelled or left at once is not tried at every beat
 # A switch that failed is tried again after so long, each time, and then no more: loading it may stop what serves.
 TRY_AGAIN = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15), timedelta(minutes=30))
+HOME_DAILY = timedelta(days=1)  # and then a home without a time of day, which has no next time of its own
 
 
 class IdleAction(StrEnum):
@@ -54,29 +55,42 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """The clock's last switch for an occurrence (``mark``) failed, for the ``failures``-th time, and no person has
-    asked for anything since."""
+    """The clock's last switch for an occurrence (``mark``) failed, for the ``failures``-th time with the profile as it
+    is now, and no person has asked for anything since. ``then``: how long after the last try of ``TRY_AGAIN`` it is
+    tried each time; None where it has a next time of its own."""
 
     mark: datetime
     failures: int
     failed_at: datetime
     sentence: str
+    then: timedelta | None = None
 
     @property
     def again_at(self) -> datetime | None:
-        """None: it was tried often enough."""
-        return self.failed_at + TRY_AGAIN[self.failures - 1] if self.failures <= len(TRY_AGAIN) else None
+        """None: it was tried often enough. At once where the profile was changed since."""
+        waits = (timedelta(0), *TRY_AGAIN)
+        wait = waits[self.failures] if self.failures < len(waits) else self.then
+        return self.failed_at + wait if wait is not None else None
 
     def is_due(self, now: datetime) -> bool:
         """Also where the clock was set back since: nobody waits for hours."""
         return self.again_at is not None and not self.failed_at <= now < self.again_at
 
     def words(self, now: datetime, zone: ZoneInfo) -> str:
-        then = (
-            f"next at {clock(self.again_at, now, zone)}"
-            if self.again_at
-            else f"and after {self.failures} tries it is left at that: switch by hand, or wait for the next time"
-        )
+        if self.again_at is None:
+            then = (
+                f"and after {self.failures} tries it is left at that: change its profile, switch by hand, or wait for "
+                "the next time"
+            )
+        elif self.is_due(now):
+            then = "next once what runs has idled long enough"
+        elif self.failures > len(TRY_AGAIN):
+            then = (
+                f"after {self.failures} failures once a day: next at {clock(self.again_at, now, zone)}, or once its "
+                "profile is changed or somebody has switched"
+            )
+        else:
+            then = f"next at {clock(self.again_at, now, zone)}"
         return f"not switched: the last try failed at {clock(self.failed_at, now, zone)}, {then}. {self.sentence}"
 
 

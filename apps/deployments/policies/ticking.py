@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 import redis
@@ -18,7 +20,17 @@ from apps.common.realtime import page_changed
 from apps.common.store import store
 from apps.deployments.models import LIVE, SERVING, Deployment
 from apps.deployments.policies.calendar import active, begun_at
-from apps.deployments.policies.clockwork import TRY_AGAIN, Act, ActKind, Home, IdleAction, Running, Tried, next_act
+from apps.deployments.policies.clockwork import (
+    HOME_DAILY,
+    TRY_AGAIN,
+    Act,
+    ActKind,
+    Home,
+    IdleAction,
+    Running,
+    Tried,
+    next_act,
+)
 from apps.deployments.policies.decide import Asker
 from apps.deployments.policies.models import CalendarSlot, RigPolicy
 from apps.deployments.policies.selectors import calendar_of, policy_of
@@ -41,8 +53,9 @@ def tick(rig_name: str, **_: Any) -> None:
     if rig is None or rig_name != settings.RIG_NAME:
         return
     requests_expire(rig)
-    policy, slots = policy_of(rig), calendar_of(rig)
-    if not slots and policy.home_profile_id is None and policy.idle_action == IdleAction.NOTHING:
+    policy, slots = policy_of(rig), [slot for slot in calendar_of(rig) if slot.profile.archived_at is None]
+    if not slots and _home_of(policy) is None and policy.idle_action == IdleAction.NOTHING:
+        _answer(policy, "")
         return
     act = wanted(rig, policy, slots)
     if act is None:
@@ -53,15 +66,13 @@ def tick(rig_name: str, **_: Any) -> None:
 
 def wanted(rig: Rig, policy: RigPolicy, slots: Sequence[CalendarSlot]) -> Act | None:
     """The act that is due now, or None."""
-    home = policy.home_profile
+    home = _home_of(policy)
     serving = list(Deployment.objects.filter(rig=rig, status__in=SERVING).select_related("version__profile"))
     idle = since_cancelled(idle_seconds(serving))
     return next_act(
-        slots=[slot.as_slot() for slot in slots if slot.profile.archived_at is None],
+        slots=[slot.as_slot() for slot in slots],
         acted={slot.pk: slot.acted_for for slot in slots if slot.acted_for},
-        home=None
-        if home is None or home.archived_at is not None
-        else Home(home.pk, home.name, policy.home_after_idle_seconds, policy.home_at),
+        home=Home(home.pk, home.name, policy.home_after_idle_seconds, policy.home_at) if home is not None else None,
         home_acted=policy.home_acted_for,
         idle_action=IdleAction(policy.idle_action),
         idle_after_seconds=policy.idle_after_seconds,
@@ -71,40 +82,62 @@ def wanted(rig: Rig, policy: RigPolicy, slots: Sequence[CalendarSlot]) -> Act | 
         now=timezone.now(),
         zone=policy.zone,
         slot_tried=_slot_tried(rig, policy, slots),
-        home_tried=tried(rig, None) if home is not None else None,
+        home_tried=_home_tried(rig, policy),
     )
+
+
+def _home_of(policy: RigPolicy) -> Profile | None:
+    home = policy.home_profile
+    return None if home is None or home.archived_at is not None else home
 
 
 def _slot_tried(rig: Rig, policy: RigPolicy, slots: Sequence[CalendarSlot]) -> Tried | None:
     slot = active([s.as_slot() for s in slots], timezone.now(), policy.zone)
-    return None if slot is None else tried(rig, slot.pk)
+    profiles = {s.pk: s.profile for s in slots}
+    return None if slot is None else tried(rig, slot.pk, profiles[slot.pk])
 
 
-def tried(rig: Rig, slot_pk: int | None) -> Tried | None:
-    """How the clock's switches for the newest occurrence of a calendar entry, or of home (None), failed; None where the
-    last did not, or a person has asked for anything since."""
+def _home_tried(rig: Rig, policy: RigPolicy) -> Tried | None:
+    home = _home_of(policy)
+    found = tried(rig, None, home) if home is not None else None
+    return replace(found, then=HOME_DAILY) if found is not None and policy.home_at is None else found
+
+
+def tried(rig: Rig, slot_pk: int | None, profile: Profile) -> Tried | None:
+    """How the clock's switches to a profile for the newest occurrence of a calendar entry, or of home (None), failed.
+
+    None where the last did not or was to another profile, or a person has asked for anything since. Failures of an
+    earlier version do not count."""
     jobs = Job.objects.filter(rig_name=rig.slug, kind="switch", data__clock__slot=slot_pk, data__has_key="clock")
     newest = list(jobs.order_by("-pk")[: len(TRY_AGAIN) + 1])
-    if not newest or newest[0].state not in (JobState.FAILED, JobState.ERRORED) or newest[0].finished_at is None:
+    last = newest[0] if newest else None
+    if last is None or last.state not in (JobState.FAILED, JobState.ERRORED) or last.finished_at is None:
         return None
-    last = newest[0]
     people = Job.objects.filter(rig_name=rig.slug, kind__in=("switch", "stop"), pk__gt=last.pk)
-    if people.exclude(user=None, user_name=PANEL.name).exists():
+    if last.profile_slug != profile.slug or people.exclude(user=None, user_name=PANEL.name).exists():
         return None
-    mark = last.data["clock"]["mark"]
-    same = [job for job in newest if job.data["clock"]["mark"] == mark]
-    return Tried(datetime.fromisoformat(mark), len(same), newest[0].finished_at, last.summary)
+    mark, version = last.data["clock"]["mark"], profile.current.number
+
+    def counts(job: Job) -> bool:
+        of = (job.data["clock"]["mark"], job.profile_slug, job.profile_version)
+        return of == (mark, profile.slug, version)
+
+    failures = sum(1 for _ in takewhile(counts, newest))
+    return Tried(datetime.fromisoformat(mark), failures, last.finished_at, last.summary)
 
 
 def failure_words(rig: Rig, policy: RigPolicy, slots: Sequence[CalendarSlot]) -> str:
-    """Why the clock's last switch is not there, and when it is tried again; empty where it did not fail."""
+    """Why the clock's last switch is not there, and when it is tried again; empty where it did not fail, or what failed
+    was changed since."""
     now, zone = timezone.now(), policy.zone
     slot = active([s.as_slot() for s in slots], now, zone)
     if slot is not None:
-        found, begun = tried(rig, slot.pk), begun_at(slot, now, zone)
-        return f"calendar: {slot.words}: {found.words(now, zone)}" if found and found.mark == begun else ""
-    found = tried(rig, None) if policy.home_profile_id is not None else None
-    return f"home: {found.words(now, zone)}" if found else ""
+        found, whose = _slot_tried(rig, policy, slots), f"calendar: {slot.words}"
+        if found is None or found.mark != begun_at(slot, now, zone):
+            return ""
+    else:
+        found, whose = _home_tried(rig, policy), "home"
+    return f"{whose}: {found.words(now, zone)}" if found is not None and found.failures else ""
 
 
 def _empty_seconds(rig: Rig) -> float | None:
