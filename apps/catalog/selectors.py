@@ -65,6 +65,11 @@ def weights_path(model: Model, rig_name: str) -> str | None:
     return Weights.objects.filter(model=model, rig_name=rig_name).values_list("path", flat=True).first()
 
 
+def weights_paths(rig_name: str) -> dict[int, str]:
+    """By model id where this rig keeps weights."""
+    return dict(Weights.objects.filter(rig_name=rig_name).values_list("model_id", "path"))
+
+
 def usages_of(model: Model) -> list[Usage]:
     """What the higher apps say uses this model."""
     answers: list[Iterable[Usage]] = [answer for _, answer in model_usage.send(sender=Model, model=model)]  # type: ignore[misc]

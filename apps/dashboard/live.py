@@ -89,7 +89,7 @@ REGIONS: dict[str, Region] = {
     "home.policies": Region(Role.VIEWER, frozenset({"policy"}), _policies),
     "home.alerts": Region(Role.VIEWER, frozenset({"rig"}), _alerts),
     "home.cards": Region(Role.VIEWER, frozenset({"rig", "deployment"}), _cards),
-    "home.switch": Region(Role.VIEWER, frozenset({"deployment", "profile", "install"}), _switch),
+    "home.switch": Region(Role.VIEWER, frozenset({"deployment", "profile", "install", "model"}), _switch),
     "home.starter": Region(Role.VIEWER, frozenset({"install", "job"}), _starter),
     "home.jobs": Region(Role.VIEWER, frozenset({"job"}), _last_jobs),
     "job": Region(Role.VIEWER, frozenset({"job"}), _job, "job"),

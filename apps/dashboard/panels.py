@@ -14,6 +14,7 @@ from django.utils import timezone
 from apps.common.access import role_of
 from apps.common.roles import Role
 from apps.common.units import thousands
+from apps.deployments.equipment import lacking
 from apps.deployments.models import COMING_UP, SERVING, Deployment, Status
 from apps.deployments.policies.models import Pin, SwitchRequest
 from apps.deployments.policies.selectors import pins_in_force, requests_waiting
@@ -97,6 +98,7 @@ class Choice:
     state: str  # "", or how it runs now
     serves_now: bool  # the newest version, ready
     coming_up: bool
+    lacks: str  # "engine" or "weights" that a start would miss; "" where both are there
     may: bool
     why_not: str
     may_request: bool
@@ -244,9 +246,10 @@ def switch_panel(rig: Rig, user: Any, live: Sequence[Deployment] | None = None) 
     facts = rig_facts(rig)
     state = state_when_free(facts, host_total_bytes=rig.host_memory_bytes)
     running = {d.version.profile_id: d for d in live}
+    offered = [(profile, newest(profile)) for profile in profile_list()]
+    lacks = lacking((version for _, version in offered), rig)
     choices = []
-    for profile in profile_list():
-        version = newest(profile)
+    for profile, version in offered:
         fit = when_free(version, facts, state)
         now = running.get(profile.pk)
         may = may_switch(role, profile)
@@ -260,6 +263,7 @@ def switch_panel(rig: Rig, user: Any, live: Sequence[Deployment] | None = None) 
                 state=now.get_status_display().lower() if now else "",
                 serves_now=now is not None and now.version_id == version.pk and now.status == Status.READY,
                 coming_up=now is not None and now.version_id == version.pk and now.status in COMING_UP,
+                lacks=lacks.get(version.pk, ""),
                 may=may and fit.word != "does not fit",
                 why_not="" if may else _why_not(role),
                 may_request=not may and role is not None and role.covers(Role.MEMBER),

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 from django.db.models import F, Max
 
+from apps.catalog.selectors import weights_paths
 from apps.common.roles import Role
 from apps.deployments.models import COMING_UP, LIVE_OR_COMES_BACK, SERVING, Deployment, Status
 from apps.deployments.policies.decide import request_may_load
 from apps.deployments.policies.models import LoadBy
 from apps.deployments.policies.selectors import loading_by_profile
 from apps.gateway.models import Alias
+from apps.installs.selectors import engines_ready
 from apps.profiles.models import ProfileVersion
 from apps.rigs.models import Rig
 
@@ -91,6 +93,7 @@ class MenuReader:
 
     def __init__(self) -> None:
         self._can_start: dict[int, tuple[float, bool]] = {}
+        self._equipment: object = None
 
     def read(self) -> Menu:
         states: dict[str, str] = {}
@@ -111,6 +114,7 @@ class MenuReader:
             .select_related("profile", "model")
         )
         rig = Rig.objects.order_by("pk").first()
+        self._forget_after_a_change(rig)
         loading = loading_by_profile()
         offers: dict[str, list[tuple[int, Offer]]] = {}
         served: dict[int, str] = {}
@@ -131,6 +135,13 @@ class MenuReader:
             states,
             aliases,
         )
+
+    def _forget_after_a_change(self, rig: Rig | None) -> None:
+        """Whoever has just installed an engine finds its models at once."""
+        equipment = (engines_ready(rig.slug), weights_paths(rig.slug)) if rig is not None else None
+        if equipment != self._equipment:
+            self._can_start.clear()
+            self._equipment = equipment
 
     def _could_start(self, version: ProfileVersion, rig: Rig) -> bool:
         from apps.deployments.equipment import can_start  # late: engines and planner, which a gateway hardly needs

@@ -20,10 +20,13 @@ from apps.common.errors import ApplicationError
 from apps.common.roles import Role
 from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment
 from apps.gateway.database import Worker
+from apps.profiles.models import Profile
+from apps.rigs.models import Rig
 
 log = structlog.get_logger(__name__)
 LOOK_EVERY_S = 1.0
 FAILED_FOR = timedelta(seconds=60)
+BRINGS = ("install", "download")  # jobs after which a start may find what it missed
 RESIDENT = "resident"  # the policies' code for a model that has to stay a while; who waits may wait for that
 CARD_PAUSED = "card_paused"  # a card was stopped for heat: nobody waits for minutes
 CARD_PAUSED_AGAIN_S = 600
@@ -70,8 +73,6 @@ def granted(wish: Wish) -> Answer:
     from apps.deployments.services import may_switch, switch_request
     from apps.deployments.switch import exclusion
     from apps.jobs.models import LIVE_STATES, Job
-    from apps.profiles.models import Profile
-    from apps.rigs.models import Rig
     from apps.rigs.selectors import rig_default
 
     user = User.objects.filter(pk=wish.user_id, is_active=True).first()
@@ -118,7 +119,7 @@ def granted(wish: Wish) -> Answer:
             if under_way.kind == "switch" and under_way.profile_slug == profile.slug:  # clicked since we looked
                 return Answer(job_id=under_way.pk, eta_at=under_way.eta_at)
             return Answer(waits=f"{under_way.title} is under way first.", eta_at=under_way.eta_at)
-        if not wish.explicit and (failure := _failed_lately(profile.slug, rig.slug)) is not None:
+        if not wish.explicit and (failure := _failed_lately(profile, rig)) is not None:
             return Answer(refused=f"The last try to load it ended so: {failure}", again_s=60)
         try:
             actor = Actor("", f"{wish.guest} (Open WebUI)") if wish.guest else actor_of(user)
@@ -160,14 +161,19 @@ def _why_not(wish: Wish, *, for_operators: bool) -> str:
     return "It is not marked as one that requests may load; load it on the panel's page /profiles/ first."
 
 
-def _failed_lately(profile_slug: str, rig_slug: str) -> str | None:
-    """How the last switch to it ended, if that was a moment ago and not well: another try would end so again."""
+def _failed_lately(profile: Profile, rig: Rig) -> str | None:
+    """How the last switch to it ended, if that was a moment ago and not well: another try would end so again. Not
+    where something has been installed or downloaded since, or the profile has a newer version."""
     from apps.jobs.models import Job, JobState
 
-    last = Job.objects.filter(kind="switch", profile_slug=profile_slug, rig_name=rig_slug).order_by("-pk").first()
+    jobs = Job.objects.filter(rig_name=rig.slug)
+    last = jobs.filter(kind="switch", profile_slug=profile.slug).order_by("-pk").first()
     if last is None or last.finished_at is None or last.state == JobState.SUCCEEDED:
         return None
-    return last.summary if last.finished_at > timezone.now() - FAILED_FOR else None
+    if last.finished_at <= timezone.now() - FAILED_FOR or last.profile_version != profile.current.number:
+        return None
+    brought = jobs.filter(kind__in=BRINGS, state=JobState.SUCCEEDED, finished_at__gt=last.finished_at)
+    return None if brought.exists() else last.summary
 
 
 class Wishes:

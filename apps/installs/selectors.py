@@ -34,6 +34,12 @@ def install_for(rig_name: str, engine: str, version: str | None = None) -> Engin
     return (ready.filter(version=version).first() if version else None) or ready.first()
 
 
+def engines_ready(rig_name: str) -> set[str]:
+    """The engines that have an install to serve with on a rig."""
+    ready = EngineInstall.objects.filter(rig_name=rig_name, state=InstallState.READY)
+    return set(ready.values_list("engine", flat=True))
+
+
 def flags_known(engine: str) -> dict[str, Any]:
     """The flags that any ready vLLM has, with what its help tells of each; {} where none told its own."""
     if engine != "vllm":

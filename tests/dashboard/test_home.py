@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.test import Client
 from django.utils import timezone
 
+from apps.catalog.models import Weights
 from apps.dashboard.cards import place_bridges, rig_alerts
 from apps.dashboard.live import concerned, draw, watched
 from apps.deployments.models import Deployment, GpuReservation, Replica
@@ -18,7 +20,7 @@ from apps.installs.models import EngineInstall
 from apps.jobs.models import Job, JobStep
 from apps.rigs.models import Link, Rig
 from apps.telemetry.frames import FrameBuilder, keep
-from tests.factories.profiles import simulated_profile
+from tests.factories.profiles import llama_cpp_profile, simulated_profile
 from tests.factories.rigs import quad_3090
 from tests.telemetry.readings import card, reading
 
@@ -245,6 +247,24 @@ def test_the_starter_shows_its_progress_and_goes_once_an_engine_is_there(rig: Ri
     assert "Try again" in draw("home.starter", alice)
     EngineInstall.objects.create(rig_name=rig.slug, engine="llama_cpp", name="starter", state="ready")
     assert "No engine" not in draw("home.starter", alice)
+
+
+def test_what_cannot_start_yet_offers_what_is_missing_in_place_of_a_switch(
+    rig: Rig, alice: Any, charlie: Any, tmp_path: Path
+) -> None:
+    profile = llama_cpp_profile("tiny")
+    weights = Weights.objects.create(model=profile.current.model, rig_name=rig.slug, path=str(tmp_path / "tiny.gguf"))
+    html = draw("home.switch", alice)
+    assert "Install engine" in text(html)
+    assert 'action="/deployments/switch/"' not in html
+    assert "engine not installed" in text(draw("home.switch", charlie))
+    EngineInstall.objects.create(rig_name=rig.slug, engine="llama_cpp", name="starter", state="ready")
+    html = draw("home.switch", alice)
+    assert "Get weights" in text(html)
+    assert f'href="/models/{profile.current.model.slug}/"' in html
+    assert "weights not here" in text(draw("home.switch", charlie))
+    Path(weights.path).touch()
+    assert 'action="/deployments/switch/"' in draw("home.switch", alice)
 
 
 def test_the_number_of_queries_does_not_rise(

@@ -15,9 +15,9 @@ from apps.common.actors import COMMAND_LINE, actor_of
 from apps.deployments.models import Deployment, Desired, Status
 from apps.deployments.services import switch_request
 from apps.jobs.models import Job, JobState
-from apps.profiles.models import Profile, ProfileVersion
+from apps.profiles.models import Profile
 from tests.catalog.test_weights import finish, put
-from tests.factories.profiles import catalogue_model
+from tests.factories.profiles import llama_cpp_profile
 
 pytestmark = pytest.mark.django_db
 
@@ -30,11 +30,8 @@ def models(settings: Any, rig: Any, tmp_path: Path) -> Path:
 
 
 def on_cpu(slug: str, file: Path) -> Profile:
-    profile, model = Profile.objects.create(slug=slug, name=slug.title()), catalogue_model(slug)
-    ProfileVersion.objects.create(
-        profile=profile, number=1, model=model, engine="llama_cpp", device="cpu", served_name=slug, options={}
-    )
-    weights_register(model, rig_name="bench-01", path=str(file), size_bytes=5, actor=COMMAND_LINE)
+    profile = llama_cpp_profile(slug)
+    weights_register(profile.current.model, rig_name="bench-01", path=str(file), size_bytes=5, actor=COMMAND_LINE)
     return profile
 
 

@@ -35,6 +35,21 @@ def simulated_profile(
     return profile
 
 
+def llama_cpp_profile(slug: str, model: Model | None = None) -> Profile:
+    """A profile of the real engine on the CPU, whose install and weights are the test's to make."""
+    profile = Profile.objects.create(slug=slug, name=slug.title())
+    ProfileVersion.objects.create(
+        profile=profile,
+        number=1,
+        model=model or catalogue_model(slug),
+        engine="llama_cpp",
+        device="cpu",
+        served_name=slug,
+        options={},
+    )
+    return profile
+
+
 def add_version(profile: Profile, *, tp: int, replicas: int, model: Model, **options: Any) -> ProfileVersion:
     return ProfileVersion.objects.create(
         profile=profile,

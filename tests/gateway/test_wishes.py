@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import time, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from django.utils import timezone
 
 from apps.accounts.services import key_create
 from apps.audit.models import AuditEntry
+from apps.catalog.models import Weights
 from apps.common.actors import PANEL, actor_of
 from apps.common.roles import Role
 from apps.deployments import launching
@@ -26,11 +28,12 @@ from apps.deployments.services import switch_request
 from apps.gateway import wishes
 from apps.gateway.menu import MenuReader
 from apps.gateway.wishes import Wish, granted
+from apps.installs.models import EngineInstall
 from apps.jobs.models import LIVE_STATES, Job, JobState
 from apps.jobs.runner import job_claim
 from apps.runners.protocol import ProcessState
 from tests.deployments.conftest import sim_rig  # noqa: F401 - a fixture
-from tests.factories.profiles import simulated_profile
+from tests.factories.profiles import add_version, llama_cpp_profile, simulated_profile
 from tests.gateway.helpers import LoopThread, chat, until
 from tests.gateway.test_models import states
 
@@ -245,6 +248,35 @@ def test_a_model_that_does_not_come_up_is_not_tried_again_and_again(
     assert int(answer.headers["retry-after"]) > 30
     assert gateway.ask("POST", CHAT, chat("broken"), key=key).status == 503
     assert Job.objects.count() == 1
+
+
+def test_what_failed_a_moment_ago_is_tried_again_once_what_it_missed_has_come(sim_rig: Any, bob: Any) -> None:  # noqa: F811
+    profile = simulated_profile("coder", members_may_switch=True, fail_phase="weights")
+    wish = Wish("coder", bob.pk, Role.MEMBER)
+    assert granted(wish).job_id
+    assert run_queued()
+    assert "The last try to load it ended so" in granted(wish).refused
+    install = Job.objects.create(
+        kind="install", title="Install", rig_name=sim_rig.slug, queue="q", user_name="a", state=JobState.RUNNING
+    )
+    assert granted(wish).refused, "it has not ended yet"
+    Job.objects.filter(pk=install.pk).update(state=JobState.SUCCEEDED, finished_at=timezone.now())
+    assert granted(wish).job_id
+    assert run_queued()
+    assert granted(wish).refused
+    add_version(profile, tp=4, replicas=1, model=profile.current.model)
+    assert granted(wish).job_id, "what failed was another version"
+
+
+def test_what_has_just_been_installed_is_on_the_menu_at_once(sim_rig: Any, tmp_path: Path) -> None:  # noqa: F811
+    profile = llama_cpp_profile("tiny")
+    reader = MenuReader()
+    assert reader.read().offer("tiny", Role.OPERATOR) is None
+    EngineInstall.objects.create(rig_name=sim_rig.slug, engine="llama_cpp", name="starter", state="ready")
+    weights = tmp_path / "tiny.gguf"
+    weights.touch()
+    Weights.objects.create(model=profile.current.model, rig_name=sim_rig.slug, path=str(weights))
+    assert reader.read().offer("tiny", Role.OPERATOR) is not None
 
 
 def test_a_guest_behind_open_webuis_key_switches_in_their_own_name_and_passes_over_no_pin(
