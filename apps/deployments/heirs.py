@@ -20,6 +20,21 @@ def inherited(job: Job) -> list[int]:
     return list(dict.fromkeys(v for earlier in job.supersedes.order_by("pk") for v in owed(earlier)))
 
 
+def to_return(job: Job) -> list[int]:
+    """Version ids that this switch brings back when it is given up: what it owes, but for the version that had died
+    and that it was to start again itself."""
+    again = job.params.get("version_id") if _restarts(job) else None
+    return [version_id for version_id in owed(job) if version_id != again]
+
+
+def _restarts(job: Job) -> bool:
+    """A restart, or a switch to the same version that took its place."""
+    return "restart_of" in job.data or any(
+        earlier.params.get("version_id") == job.params.get("version_id") and _restarts(earlier)
+        for earlier in job.supersedes.all()
+    )
+
+
 def heir(job: Job) -> Job | None:
     """The switch that takes over from a superseded one: the end of the chain if that still lives."""
     last, seen = job, {job.pk}

@@ -84,6 +84,8 @@ def switch_request(
         same = under_way[0] if under_way and under_way[0].params == _params(version.pk, exclusive) else None
         if same is not None and (same.state != JobState.QUEUED or asker is not Asker.OPERATOR):
             return same
+        if same is not None and "restart_of" in same.data:
+            same = None  # a restart replaces nothing and passes over nothing: an operator asks for more
         verdict = switch_verdict(
             version,
             rig,
@@ -116,7 +118,9 @@ def switch_request(
             profile_version=version.number,
         )
         for earlier in [*under_way, *restarts]:
-            job_cancel(earlier, actor=actor, superseded_by=job)
+            ended = job_cancel(earlier, actor=actor, superseded_by=job)
+            if ended.is_final:  # it does not run to leave what it held to this one
+                routes.release(ended.pk, heir_id=job.pk)
     return job
 
 

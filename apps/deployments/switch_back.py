@@ -7,7 +7,7 @@ from typing import Any
 from django.db import transaction
 
 from apps.deployments import launching, routes, sleeping
-from apps.deployments.heirs import heir, inherited, owed
+from apps.deployments.heirs import heir, inherited, to_return
 from apps.deployments.memory import wait_for_memory
 from apps.deployments.models import COMING_UP, LIVE, SERVING, Deployment, Desired, Status
 from apps.deployments.plan import plan
@@ -65,8 +65,7 @@ def bring_back(ctx: JobContext) -> str:
     if successor is not None:
         return f"left to job {successor.pk}, which superseded this one"
     rig = rig_get(ctx.job.rig_name)
-    lost = [v for v in owed(ctx.job) if not ("restart_of" in ctx.job.data and v == ctx.job.params["version_id"])]
-    wanted = _not_serving(lost, rig) or list(ctx.job.data.get("returning", {}))
+    wanted = _not_serving(to_return(ctx.job), rig) or list(ctx.job.data.get("returning", {}))
     if not wanted:
         ctx.save_data(aftermath=_nothing_lost(ctx))
         return "nothing to bring back"
@@ -119,7 +118,7 @@ def _not_serving(version_ids: list[int], rig: Rig) -> list[int]:
 def _nothing_lost(ctx: JobContext) -> str:
     if "restart_of" in ctx.job.data:
         return "Nothing else was touched."
-    if ctx.job.data.get("fallback") or owed(ctx.job):
+    if ctx.job.data.get("fallback") or to_return(ctx.job):
         return "What served before serves on."
     if "target" in ctx.job.data and not ctx.job.data.get("replaced"):
         return "Nothing served before, so nothing was brought back."

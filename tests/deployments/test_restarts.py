@@ -17,6 +17,7 @@ from apps.common.actors import actor_of
 from apps.common.models import Epoch
 from apps.deployments import launching, probing, switch_forward
 from apps.deployments.models import LIVE, Deployment, RestartPolicy, Route, Status
+from apps.deployments.pauses import pause_card
 from apps.deployments.reconcile import reconcile
 from apps.deployments.selectors import empty_because
 from apps.deployments.services import stop_request, switch_request
@@ -29,6 +30,7 @@ from apps.jobs.models import LIVE_STATES, Job, JobState
 from apps.jobs.runner import job_claim
 from apps.jobs.services import job_cancel
 from apps.profiles.models import Profile
+from apps.rigs.models import Gpu
 from apps.runners.processes import all_processes, send_signal
 from tests.deployments.test_switch import engine_pids, eventually, run, serving
 from tests.factories.profiles import simulated_profile
@@ -220,6 +222,70 @@ def test_a_switch_that_a_person_asks_for_supersedes_a_restart_and_brings_it_back
     waiting.refresh_from_db()
     assert waiting.state == JobState.CANCELLED
     assert job.state == JobState.SUCCEEDED
+    assert serving() == ["coder", "other"]
+
+
+def queued_restart() -> Job:
+    kill_engine()
+    reconcile()
+    return restart()
+
+
+def test_an_operators_click_on_what_waits_to_be_restarted_passes_over_what_the_restart_may_not(
+    coder: Profile, olivia: Any
+) -> None:
+    waiting = queued_restart()
+    for gpu in Gpu.objects.all():
+        pause_card(gpu, "was stopped for heat", "hot")
+    job = switch_request(profile=coder, actor=actor_of(olivia), override=True)
+    assert switch_request(profile=coder, actor=actor_of(olivia), override=True) == job  # a double click
+    reconcile()
+    assert waits() == [("coder", "held", job.pk)]  # whoever waited for the restart waits on
+    waiting.refresh_from_db()
+    assert (waiting.state, waiting.superseded_by) == (JobState.CANCELLED, job)
+    job = run(job)
+    assert job.state == JobState.SUCCEEDED, job.summary
+    assert serving() == ["coder"]
+
+
+def test_it_replaces_what_runs_in_its_place_by_now_as_a_restart_does_not(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    assert run(queued_restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    run(switch_request(profile=simulated_profile("wide", tp=4), actor=actor_of(alice)))
+    RestartPolicy.objects.update(backoff_seconds=0)
+    reconcile()
+    assert restart().title == "Restart Coder"
+    assert run(switch_request(profile=coder, actor=actor_of(alice))).state == JobState.SUCCEEDED
+    assert serving() == ["coder"]
+
+
+def test_a_click_in_the_place_of_a_restart_that_fails_or_is_cancelled_does_not_load_it_once_more(
+    coder: Profile, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise JobFailed("Coder did not start: no.", cause="unknown")
+
+    queued_restart()
+    with monkeypatch.context() as patch:
+        patch.setattr(switch_forward, "wait_for_deployment", refuse)
+        failed = run(switch_request(profile=coder, actor=actor_of(alice)))
+    assert failed.summary == "Coder did not start: no. Nothing served before, so nothing was brought back."
+    assert run(switch_request(profile=coder, actor=actor_of(alice))).state == JobState.SUCCEEDED
+    queued_restart()
+    job = switch_request(profile=coder, actor=actor_of(alice))
+    job_cancel(job, actor=actor_of(alice))
+    assert run(job).state == JobState.CANCELLED
+    assert Deployment.objects.count() == 3
+    assert not Deployment.objects.filter(status__in=LIVE).exists()
+
+
+def test_what_a_restart_owes_goes_on_from_the_click_in_its_place_to_the_next_one(coder: Profile, alice: Any) -> None:
+    queued_restart()
+    switch_request(profile=coder, actor=actor_of(alice))
+    job = run(switch_request(profile=simulated_profile("other", tp=2), actor=actor_of(alice)))
+    assert "Brought back Coder." in job.summary
     assert serving() == ["coder", "other"]
 
 
