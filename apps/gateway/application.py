@@ -276,6 +276,7 @@ class Gateway:
             raise errors.key_not_for(asked, caller.key.models)
         if self.routes.entry(model) is None:
             model = await self._on_the_menu(asked, caller)
+        self._check_holds(caller)
         running = self.routes.state(model) != UNLOADED
         wish = Wish(model, caller.user_id, caller.role, explicit=True, guest=caller.guest)
         if load:

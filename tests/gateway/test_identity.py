@@ -26,6 +26,7 @@ from apps.gateway import errors
 from apps.gateway.identity import named_person, networks_of, origin
 from apps.gateway.keys import Known
 from apps.gateway.menu import Menu
+from apps.jobs.models import Job
 from tests.gateway.conftest import GatewayProcess, House
 from tests.gateway.helpers import chat, until
 from tests.gateway.test_observer import Recorder
@@ -165,10 +166,10 @@ def test_an_alias_that_leads_elsewhere_while_a_request_waits_does_not_widen_a_ke
     assert len(engine.received) == 1
 
 
-def slowly(gateway: GatewayProcess, token: str, then: Callable[[], None], header: str = "") -> bytes:
+def slowly(gateway: Any, token: str, then: Callable[[], None], header: str = "", path: str = CHAT) -> bytes:
     """A request's answer as far as its error, where ``then`` happens while its body is on its way."""
     body = json.dumps(chat("coder")).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(f"{head}{header}\r\n".encode() + body[:10])
         until(lambda: (gateway.metric("rigpanel_gateway_body_bytes") or 0) >= 10, "it was not read so far")
@@ -213,6 +214,24 @@ def test_a_person_behind_open_webuis_key_who_leaves_while_the_body_comes_opens_n
     assert b"HTTP/1.1 401" in answer
     assert b"key_revoked" in answer
     assert not engine.received
+
+
+@pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
+def test_a_key_that_is_revoked_while_its_body_comes_loads_and_unloads_nothing(
+    house: House, gateway: GatewayProcess, olivia: Any, path: str
+) -> None:
+    house.serve(gateway, "coder", house.engine("coder"))
+    key, token = key_create(olivia, name="slow", actor=PANEL)
+    house.applied(gateway)
+
+    def revoked() -> None:
+        key_revoke(key, actor=actor_of(olivia))
+        house.applied(gateway)
+
+    answer = slowly(gateway, token, revoked, path=path)
+    assert b"HTTP/1.1 401" in answer
+    assert b"key_revoked" in answer
+    assert Job.objects.count() == 0
 
 
 def test_a_key_that_is_revoked_while_the_menu_is_read_opens_nothing(
