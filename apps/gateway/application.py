@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -177,7 +177,7 @@ class Gateway:
             model = self.routes.menu.resolve(wish.asked_model)
             if not allows(caller.key, model, wish.asked_model):
                 raise errors.key_not_for(wish.asked_model, caller.key.models)
-            self._check_holds(caller)
+            caller = self._still(caller)
             client.model = model
             exchange = Exchange(
                 request_id=client.request_id,
@@ -200,12 +200,10 @@ class Gateway:
             client.tell_end = partial(self._close, exchange, began)
             if self.routes.entry(model) is None:
                 model = exchange.model = await self._on_the_menu(wish.asked_model, caller)
-                self._check_holds(caller)  # from here on ``_cut`` sees to it
+                caller = self._still(caller)  # from here on ``_cut`` sees to it
             client.model = model
             again = partial(self._check_again, caller.key, model, wish.asked_model)
-            call = call_of(
-                wish, model, share=share, exchange=exchange, began=began, role=caller.role, check_again=again
-            )
+            call = call_of(wish, model, share=share, exchange=exchange, began=began, check_again=again)
             del wish  # the call lets go of the body once the engine has it
             self._running[client] = exchange
             try:
@@ -214,10 +212,13 @@ class Gateway:
             finally:
                 del self._running[client]
 
-    def _check_holds(self, caller: Caller) -> None:
-        """Raises 401 when the key was revoked or the person left after ``_caller`` looked."""
-        if not self.keys.holds(caller.key, caller.user_id):
+    def _still(self, caller: Caller) -> Caller:
+        """The caller with the role that they have by now. Raises 401 when the key was revoked or the person left after
+        ``_caller`` looked."""
+        role = self.keys.role(caller.key, caller.user_id)
+        if role is None:
             raise errors.key_ended()
+        return caller if caller.guest or role == caller.role else replace(caller, role=role)
 
     def _check_again(self, key: Key, model: str, asked: str) -> None:
         """Raises 403 when the alias by which a key may use the model does not lead there any more."""
@@ -276,9 +277,9 @@ class Gateway:
             raise errors.key_not_for(asked, caller.key.models)
         if self.routes.entry(model) is None:
             model = await self._on_the_menu(asked, caller)
-        self._check_holds(caller)
+        caller = self._still(caller)
         running = self.routes.state(model) != UNLOADED
-        wish = Wish(model, caller.user_id, caller.role, explicit=True, guest=caller.guest)
+        wish = Wish(model, caller.user_id, explicit=True, guest=caller.guest)
         if load:
             if running and self.routes.state(model) != SLEEPING:
                 raise errors.already_running(model)

@@ -49,7 +49,7 @@ class Call:
     """A request as the engine will get it. ``began``: time.monotonic() of its head.
 
     ``target``: path and query. ``conversation``: the same number for every turn of one, None where there is none.
-    ``role`` is the caller's. ``check_again``: raises what speaks against the call by now, when it had to wait.
+    ``check_again``: raises what speaks against the call by now, when it had to wait.
     ``strip_usage``: the figures at the stream's end are for the gateway only.
     """
 
@@ -64,7 +64,6 @@ class Call:
     share: BodyShare
     exchange: Exchange
     began: float
-    role: str
     check_again: Callable[[], None]
 
 
@@ -94,7 +93,6 @@ def call_of(
     share: BodyShare,
     exchange: Exchange,
     began: float,
-    role: str,
     check_again: Callable[[], None],
 ) -> Call:
     """The call for the model of that served name, in the bytes that its engine gets."""
@@ -126,7 +124,6 @@ def call_of(
         share=share,
         exchange=exchange,
         began=began,
-        role=role,
         check_again=check_again,
     )
 

@@ -94,8 +94,8 @@ class KeyCache:
         self.epoch: int | None = None
         self.confirmed_at: float | None = None  # time.monotonic()
         self._keys: dict[str, Key] = {}
-        self._ids: set[int] = set()
-        self._may: set[int] = set()  # ids of people
+        self._ids: dict[int, Key] = {}
+        self._may: dict[int, Person] = {}  # by their ids
         self._people: dict[str, Person] = {}
         self.on_gone: Callable[[set[int], set[int]], None] = lambda key_ids, user_ids: None
         self._noted: dict[int, float] = {}  # key id: time.monotonic() of the last noted use
@@ -103,12 +103,13 @@ class KeyCache:
 
     def apply(self, epoch: int, known: Known) -> None:
         """Go by these from now on, and tell whose keys were revoked and who may not use the gateway any more."""
-        had = self._ids
-        might = self._may
+        had = self._ids.keys()
+        might = self._may.keys()
         self.epoch = epoch
         self._keys, self._people = known.keys, known.people
-        has = self._ids = {key.id for key in known.keys.values()}
-        may = self._may = {person.user_id for person in known.people.values() if person.may}
+        self._ids = {key.id: key for key in known.keys.values()}
+        self._may = {person.user_id: person for person in known.people.values() if person.may}
+        has, may = self._ids.keys(), self._may.keys()
         self._noted = {key_id: at for key_id, at in self._noted.items() if key_id in has}
         if had - has or might - may:
             self.on_gone(had - has, might - may)
@@ -125,10 +126,14 @@ class KeyCache:
             return None
         return key
 
-    def holds(self, key: Key, user_id: int) -> bool:
-        """Whether it is still among those that are valid (expiry aside), and may be used by whom it was used by: the
-        body may have come for two minutes."""
-        return key.id in self._ids and (user_id == key.user_id or user_id in self._may)
+    def role(self, key: Key, user_id: int) -> str | None:
+        """By now, of whom the key was used by: the body may have come for two minutes. None when it is not among those
+        that are valid any more (expiry aside), or may not be used by them."""
+        known = self._ids.get(key.id)
+        if known is None or user_id == key.user_id:
+            return None if known is None else known.role
+        person = self._may.get(user_id)
+        return None if person is None else person.role
 
     def used(self, key: Key) -> None:
         """Remember the use, to be written off the hot path; at most once a minute per key."""

@@ -163,7 +163,7 @@ class Proxy:
         if call.model not in self._routes.menu.offers:  # its route went while it waited
             raise errors.model_not_found(call.model, self._routes.names())
         deadline = call.began + self._limits.wait_s
-        wanted = self._wishes.join(Wish(call.model, call.exchange.user_id, call.role, guest=call.exchange.guest))
+        wanted = self._wishes.join(Wish(call.model, call.exchange.user_id, guest=call.exchange.guest))
 
         def look() -> bytes:
             answer = wanted.answer or WishAnswer()

@@ -16,6 +16,7 @@ import structlog
 from django.db import transaction
 from django.utils import timezone
 
+from apps.accounts.models import User
 from apps.common.errors import ApplicationError
 from apps.common.roles import Role
 from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment
@@ -35,13 +36,13 @@ REASON = "asked for at the gateway"
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """``role``: what the caller may, which behind Open WebUI's key can be less than its owner's. ``explicit``: somebody
-    pressed *load*; else a request named the model. ``guest``: somebody behind Open WebUI's key without an account here;
-    then ``user_id`` is the key's owner, whose rights and pins are not theirs."""
+    """``explicit``: somebody pressed *load*; else a request named the model. ``guest``: somebody behind Open WebUI's
+    key without an account here; then ``user_id`` is the key's owner, whose rights and pins are not theirs.
+
+    What they may is not in it: a wish can wait for minutes, and the role counts that they have when it is granted."""
 
     served_name: str
     user_id: int
-    role: str
     explicit: bool = False
     guest: str = ""
 
@@ -64,7 +65,6 @@ def granted(wish: Wish) -> Answer:
     Whoever may switch may have it loaded by pressing *load*; a request alone loads what its profile's policy says: by
     default only what is marked for members, so that a name in a script moves nothing that an operator had in mind."""
     # Late: jobs, planner and engines cost ten MB, which a gateway that nobody asks does not need.
-    from apps.accounts.models import User
     from apps.common.actors import Actor, actor_of
     from apps.deployments.policies.decide import Asker, least_role, request_may_load
     from apps.deployments.policies.models import LoadBy
@@ -87,7 +87,7 @@ def granted(wish: Wish) -> Answer:
     if (job := coming.filter(profile_slug__in=[p.slug for p in profiles]).order_by("-pk").first()) is not None:
         # Somebody has clicked it a moment ago and its route is not held yet: whoever may ask for it may wait for it.
         return Answer(job_id=job.pk, eta_at=job.eta_at)
-    role, loading = Role(wish.role), loading_by_profile()
+    role, loading = _role(wish, user), loading_by_profile()
 
     def may(profile: Profile) -> bool:
         by = loading.get(profile.pk, LoadBy.MARKED)
@@ -105,7 +105,7 @@ def granted(wish: Wish) -> Answer:
         .values_list("version__profile_id", "pk")
     )
     profile = max(allowed, key=lambda p: (ran.get(p.pk, 0), -p.pk))
-    asker = asker_of(Role(wish.role)) if wish.explicit else Asker.AUTOMATIC
+    asker = asker_of(role) if wish.explicit else Asker.AUTOMATIC
     with transaction.atomic():
         Rig.objects.select_for_update(no_key=True).get(
             pk=rig.pk
@@ -136,7 +136,6 @@ def granted(wish: Wish) -> Answer:
 
 def unloaded(wish: Wish) -> Answer:
     """Stop what serves that name, for somebody who may. Runs in a thread."""
-    from apps.accounts.models import User
     from apps.common.actors import actor_of
     from apps.deployments.services import stop_request
 
@@ -144,13 +143,17 @@ def unloaded(wish: Wish) -> Answer:
     there = Deployment.objects.filter(LIVE_OR_COMES_BACK, served_name=wish.served_name)
     deployment = there.order_by("-pk").first()
     user = User.objects.filter(pk=wish.user_id, is_active=True).first()
-    if deployment is None or user is None or not Role(wish.role).covers(Role.OPERATOR):
+    if deployment is None or user is None or not _role(wish, user).covers(Role.OPERATOR):
         return Answer(refused="Nothing of it runs, or you may not stop it.", forbidden=True)
     try:
         job = stop_request(deployment=deployment, actor=actor_of(user), reason=REASON)
     except ApplicationError as error:
         return Answer(refused=error.message, forbidden=error.status == 403)
     return Answer(job_id=job.pk)
+
+
+def _role(wish: Wish, user: User) -> Role:
+    return Role.MEMBER if wish.guest else Role(user.role)
 
 
 def _why_not(wish: Wish, *, for_operators: bool) -> str:
@@ -205,7 +208,7 @@ class Wishes:
 
     def join(self, wish: Wish) -> _Wanted:
         """Want it; call ``leave`` when not any more."""
-        key = f"{wish.user_id} {wish.role} {wish.guest} {wish.served_name}"
+        key = f"{wish.user_id} {wish.guest} {wish.served_name}"
         wanted = self._wanted.setdefault(key, _Wanted(key, wish))
         wanted.waiting += 1
         if self._looking is None or self._looking.done():

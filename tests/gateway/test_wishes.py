@@ -14,7 +14,7 @@ import pytest
 from django.db import connections
 from django.utils import timezone
 
-from apps.accounts.services import key_create
+from apps.accounts.services import key_create, user_update
 from apps.audit.models import AuditEntry
 from apps.catalog.models import Weights
 from apps.common.actors import PANEL, actor_of
@@ -35,6 +35,7 @@ from apps.runners.protocol import ProcessState
 from tests.deployments.conftest import sim_rig  # noqa: F401 - a fixture
 from tests.factories.profiles import add_version, llama_cpp_profile, simulated_profile
 from tests.gateway.helpers import LoopThread, chat, until
+from tests.gateway.test_identity import slowly
 from tests.gateway.test_models import states
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -195,14 +196,14 @@ def test_a_profile_says_whose_requests_may_load_it(
 ) -> None:
     profile = simulated_profile("coder", members_may_switch=marked)
     loading_set(profile=profile, actor=actor_of(olivia), by=by)
-    of_bob, of_olivia = Wish("coder", bob.pk, bob.role), Wish("coder", olivia.pk, olivia.role)
+    of_bob, of_olivia = Wish("coder", bob.pk), Wish("coder", olivia.pk)
     assert granted(of_bob).forbidden is (least != "member")
     assert granted(of_olivia).forbidden is (least is None)
     if least == "operator":
         Job.objects.all().delete()
         assert "Only operators' requests may load it" in granted(of_bob).refused
     Job.objects.all().delete()
-    pressed = granted(Wish("coder", bob.pk, bob.role, explicit=True))
+    pressed = granted(Wish("coder", bob.pk, explicit=True))
     assert pressed.forbidden is not (marked or least == "member"), "who may switch may press load, too"
     offered = MenuReader().read().offer("coder", Role.MEMBER)
     assert (offered is not None) is (marked or least == "member")
@@ -219,9 +220,9 @@ def test_a_request_does_not_take_the_hours_that_the_calendar_gives_to_somebody_e
     assert run_queued()
     RigPolicy.objects.create(rig=sim_rig, minimum_residency_seconds=0)
     slot_create(rig=sim_rig, profile=lesson, actor=actor_of(alice), days=range(7), begin=time(0), end=time(0))
-    refused = granted(Wish("coder", bob.pk, Role.MEMBER)).refused
+    refused = granted(Wish("coder", bob.pk)).refused
     assert "the calendar gives these hours to Lesson, until" in refused
-    assert granted(Wish("coder", bob.pk, Role.MEMBER, explicit=True)).job_id, "a person who presses load may"
+    assert granted(Wish("coder", bob.pk, explicit=True)).job_id, "a person who presses load may"
 
 
 def test_what_an_operator_clicked_a_moment_ago_is_waited_for_though_no_request_may_load_it(
@@ -230,7 +231,7 @@ def test_what_an_operator_clicked_a_moment_ago_is_waited_for_though_no_request_m
     olivia: Any,
 ) -> None:
     profile = simulated_profile("coder")  # not marked for members
-    wish = Wish("coder", bob.pk, Role.MEMBER)
+    wish = Wish("coder", bob.pk)
     assert granted(wish).forbidden
     job = switch_request(profile=profile, actor=actor_of(olivia))  # queued: its route is not held yet
     assert granted(wish) == wishes.Answer(job_id=job.pk, eta_at=job.eta_at)
@@ -291,10 +292,10 @@ def test_a_guest_behind_open_webuis_key_switches_in_their_own_name_and_passes_ov
         rig=sim_rig, profile=other, until=timezone.now() + timedelta(hours=1), user_pk=alice.pk, user_name="alice"
     )
     for explicit in (False, True):
-        wish = Wish("coder", alice.pk, Role.MEMBER, explicit=explicit, guest="dora@lab.example")
+        wish = Wish("coder", alice.pk, explicit=explicit, guest="dora@lab.example")
         assert "pinned by alice" in granted(wish).refused, "the owner of the key may, its guests may not"
     pin.delete()
-    hers = granted(Wish("coder", alice.pk, Role.MEMBER, guest="dora@lab.example"))
+    hers = granted(Wish("coder", alice.pk, guest="dora@lab.example"))
     job = Job.objects.get(pk=hers.job_id)
     assert (job.profile_slug, job.user, job.user_name) == (coder.slug, None, "dora@lab.example (Open WebUI)")
     assert AuditEntry.objects.filter(actor_name="dora@lab.example (Open WebUI)").exists()
@@ -303,21 +304,21 @@ def test_a_guest_behind_open_webuis_key_switches_in_their_own_name_and_passes_ov
 def test_a_wish_supersedes_nothing(sim_rig: Any, alice: Any, bob: Any) -> None:  # noqa: F811
     first, second = (simulated_profile(slug, members_may_switch=True) for slug in ("first", "second"))
     job = switch_request(profile=first, actor=actor_of(alice))
-    answer = granted(Wish("second", bob.pk, Role.MEMBER))
+    answer = granted(Wish("second", bob.pk))
     assert (answer.refused, answer.job_id) == ("", None)
     assert "Switch to First is under way" in answer.waits
-    assert granted(Wish("first", bob.pk, Role.MEMBER)).job_id == job.pk  # that is what is wanted
+    assert granted(Wish("first", bob.pk)).job_id == job.pk  # that is what is wanted
     assert run_queued()
     job.refresh_from_db()
     assert job.state == JobState.SUCCEEDED
-    assert "each model stays at least" in granted(Wish("second", bob.pk, Role.MEMBER)).waits
+    assert "each model stays at least" in granted(Wish("second", bob.pk)).waits
     RigPolicy.objects.update_or_create(rig=sim_rig, defaults={"minimum_residency_seconds": 0})
     pin = Pin.objects.create(
         rig=sim_rig, profile=first, user_pk=alice.pk, user_name="alice", until=timezone.now() + timedelta(hours=1)
     )
-    assert "pinned by alice" in granted(Wish("second", bob.pk, Role.MEMBER)).refused
+    assert "pinned by alice" in granted(Wish("second", bob.pk)).refused
     pin.delete()
-    assert granted(Wish("second", bob.pk, Role.MEMBER)).job_id is not None
+    assert granted(Wish("second", bob.pk)).job_id is not None
     assert second.slug == "second"
 
 
@@ -352,12 +353,83 @@ def test_open_webuis_buttons_load_and_unload(worker: None, within: Callable[...,
     assert gateway.ask("POST", "/models/load", {"model": "nothing"}, key=alices).status == 404
 
 
+@pytest.fixture
+def olivias(olivia: Any) -> str:
+    return key_create(olivia, name="laptop", actor=PANEL)[1]
+
+
+def demoted(person: Any) -> None:
+    """Only the database knows of it."""
+    user_update(person, actor=PANEL, role=Role.MEMBER)
+
+
+@pytest.mark.parametrize(("path", "why"), [(CHAT, "Only operators' requests"), ("/models/load", "not marked")])
+def test_an_operator_who_is_demoted_while_the_body_comes_loads_nothing(
+    sim_rig: Any,  # noqa: F811
+    within: Callable[..., Any],
+    alice: Any,
+    olivia: Any,
+    olivias: str,
+    path: str,
+    why: str,
+) -> None:
+    loading_set(profile=simulated_profile("coder"), actor=actor_of(alice), by="operators")
+    gateway = within(poll_s=3600.0)  # it does not hear of it before the switch would be asked for
+    answer = slowly(gateway, olivias, lambda: demoted(olivia), path=path)
+    assert b"HTTP/1.1 403" in answer
+    assert why.encode() in answer
+    assert Job.objects.count() == 0
+
+
+def test_an_operator_who_is_demoted_while_the_body_comes_stops_nothing(
+    worker: None, within: Callable[..., Any], alice: Any, olivia: Any, olivias: str
+) -> None:
+    switch_request(profile=simulated_profile("coder"), actor=actor_of(alice))
+    until(lambda: Deployment.objects.filter(status=Status.READY).exists(), "it does not serve")
+    gateway = within()
+
+    def told() -> None:
+        demoted(olivia)
+        until(lambda: gateway.gateway.keys.lookup(olivias).role == Role.MEMBER, "the gateway was not told")
+
+    answer = slowly(gateway, olivias, told, path="/models/unload")
+    assert b"HTTP/1.1 403" in answer
+    assert b"Only operators and owners may stop a model." in answer
+    assert Job.objects.filter(kind="stop").count() == 0
+
+
+def test_an_operator_who_is_demoted_while_a_request_waits_causes_no_switch(
+    sim_rig: Any,  # noqa: F811
+    within: Callable[..., Any],
+    olivia: Any,
+    olivias: str,
+    alice: Any,
+) -> None:
+    RigPolicy.objects.create(rig=sim_rig, minimum_residency_seconds=0)
+    loading_set(profile=simulated_profile("coder"), actor=actor_of(olivia), by="operators")
+    switch_request(profile=simulated_profile("other"), actor=actor_of(alice))  # waits for a worker
+    gateway = within()
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(gateway.ask("POST", CHAT, chat("coder"), key=olivias)))
+    asking.start()
+    wanted = gateway.gateway.wishes._wanted
+    until(lambda: any(w.answer and w.answer.waits for w in list(wanted.values())), "the request does not wait")
+
+    demoted(olivia)
+    assert run_queued()
+    asking.join(60)
+
+    assert (answers[0].status, answers[0].error["code"]) == (403, "model_not_loaded")
+    assert "Only operators' requests may load it" in answers[0].error["message"]
+    assert [job.profile_slug for job in Job.objects.all()] == ["other"]
+
+
 def test_unload_ends_what_waits_for_its_restart(sim_rig: Any, alice: Any) -> None:  # noqa: F811
     """The list calls it loading."""
     failed = Deployment.objects.create(
         rig=sim_rig, version=simulated_profile("coder").current, served_name="coder", status=Status.FAILED
     )
-    wish = Wish("coder", alice.pk, alice.role, explicit=True)
+    wish = Wish("coder", alice.pk, explicit=True)
     Deployment.objects.update(desired=Desired.STOPPED)
     assert wishes.unloaded(wish).forbidden
     Deployment.objects.update(desired=Desired.SERVING)
