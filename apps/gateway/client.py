@@ -73,6 +73,7 @@ class Client:
         self.gone = False
         self.sent_bytes = 0
         self.model = ""
+        self.outcome = "ok"  # what was told
         self.tell_end: Callable[[str, int | None], None] | None = None
         self.cut_by: errors.GatewayError | None = None
         self.more_headers: list[tuple[bytes, bytes]] = []
@@ -198,6 +199,7 @@ class Client:
         answer is also in the ledger, whatever happens to this process next."""
         tell, self.tell_end = self.tell_end, None
         if tell is not None:
+            self.outcome = outcome
             tell(outcome, status or self.status)
 
     async def finish(self, data: bytes = b"") -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+REFUSED = "refused"
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -29,6 +31,7 @@ class Exchange:
                        leaves before the figures come
     ``first_token_s``  from the request's head to a stream's first data, of another answer to its head; None before
     ``waited_s``       of it in the waiting room and in the queue
+    ``status``         what the client got; 200 where the engine's error came as an event of a stream that had begun
     ``outcome``        ``ok``, ``refused`` (the engine answered with an error), or the gateway's own error code
                        (``client_gone``, ``engine_died``, ``model_loading``, ...)
     """

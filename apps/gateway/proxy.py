@@ -17,7 +17,7 @@ from apps.gateway.answer import Answer, BrokenAnswer, Disconnected
 from apps.gateway.client import Client
 from apps.gateway.intake import Call
 from apps.gateway.limits import Limits
-from apps.gateway.observer import Exchange, Observer
+from apps.gateway.observer import REFUSED, Exchange, Observer
 from apps.gateway.protocol import EventTail, answer_headers, has_data, is_event_stream, is_last_event, upstream_headers
 from apps.gateway.routes import RouteCache, seconds_left
 from apps.gateway.upstream import NotConnected, Upstream
@@ -258,7 +258,11 @@ async def _pass_on(client: Client, call: Call, answer: Answer) -> None:
         call.exchange.first_token_s = time.monotonic() - call.began
     try:
         if client.streaming and not (events and answer.status == 200):
-            await _end_events(client, call, usage, await _as_event(client, call, answer, usage))
+            event = await _as_event(client, call, answer, usage)
+            _note(call.exchange, usage)
+            if answer.status >= 400:
+                client.ends(REFUSED)  # the status that is out says nothing of it
+            await client.finish(event)
             return
         if client.status is None:
             client.streaming = events

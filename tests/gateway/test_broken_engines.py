@@ -129,8 +129,9 @@ def test_a_stream_whose_length_was_told_is_whole_without_the_figures(
     assert answer.body == b"".join([*words, done])
 
 
-def waited_for(house: House, within: Any, key: str, wire: bytes) -> tuple[bytes, Any]:
-    """What a stream that began while it waited ends with, and its exchange, where the engine answers with ``wire``."""
+def waited_for(house: House, within: Any, key: str, wire: bytes) -> tuple[bytes, Any, Any]:
+    """What a stream that began while it waited ends with, and its exchange, where the engine answers with ``wire``;
+    and the gateway."""
     recorder = Recorder(slots=0)
     routes.open_to(house.deploy("coder", raw_engine(house, wire)))
     gateway = within(recorder, comment_after_s=0.05, comment_every_s=0.05)
@@ -140,14 +141,14 @@ def waited_for(house: House, within: Any, key: str, wire: bytes) -> tuple[bytes,
         house.loop.loop.call_soon_threadsafe(recorder.turn_over, None)
         got = read_until(connection, b"[DONE]")
     until(lambda: recorder.closed, "the end was not told")
-    return got, recorder.closed[0]
+    return got, recorder.closed[0], gateway
 
 
 @pytest.mark.parametrize("body", [b"Hello", b"", b"null", b'{"choices":['])
 def test_an_answer_that_is_neither_stream_nor_json_ends_a_stream_with_an_error(
     house: House, within: Any, bobs_key: str, body: bytes
 ) -> None:
-    got, exchange = waited_for(house, within, bobs_key, OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    got, exchange, _ = waited_for(house, within, bobs_key, OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
     assert b'"code": "engine_error"' in got
     assert b"data: null" not in got
     assert exchange.outcome == "engine_error"
@@ -157,6 +158,19 @@ def test_an_answer_that_is_no_stream_is_an_event_of_one_and_its_figures_count(
     house: House, within: Any, bobs_key: str
 ) -> None:
     body = b'{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7}}'
-    got, exchange = waited_for(house, within, bobs_key, OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    got, exchange, _ = waited_for(house, within, bobs_key, OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
     assert b"data: " + body + b"\n\n" in got
     assert (exchange.outcome, exchange.tokens_in, exchange.tokens_out) == ("ok", 5, 7)
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": "too long"}}', b"too long"])
+def test_an_engines_refusal_within_a_stream_that_has_begun_is_no_success(
+    house: House, within: Any, bobs_key: str, body: bytes
+) -> None:
+    """Its client got a 200 before, which stays in the ledger, and the refusal as an event."""
+    wire = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    got, exchange, gateway = waited_for(house, within, bobs_key, wire)
+    assert b"too long" in got
+    assert (exchange.outcome, exchange.status) == ("refused", 200)
+    sample = 'rigpanel_gateway_requests_total{model="coder",outcome="refused",status="200"}'
+    until(lambda: gateway.metric(sample) == 1, "it is not counted as refused")
