@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from apps.deployments import routes
+from apps.gateway import proxy
 from tests.gateway.conftest import GatewayProcess, House
 from tests.gateway.helpers import USAGE_EVENT, chat, events, until
 from tests.gateway.test_observer import Recorder
@@ -129,14 +130,14 @@ def test_a_stream_whose_length_was_told_is_whole_without_the_figures(
     assert answer.body == b"".join([*words, done])
 
 
-def waited_for(house: House, within: Any, key: str, wire: bytes) -> tuple[bytes, Any, Any]:
+def waited_for(house: House, within: Any, key: str, wire: bytes, model: str = "coder") -> tuple[bytes, Any, Any]:
     """What a stream that began while it waited ends with, and its exchange, where the engine answers with ``wire``;
     and the gateway."""
     recorder = Recorder(slots=0)
-    routes.open_to(house.deploy("coder", raw_engine(house, wire)))
+    routes.open_to(house.deploy(model, raw_engine(house, wire)))
     gateway = within(recorder, comment_after_s=0.05, comment_every_s=0.05)
     house.applied(gateway)
-    with open_request(gateway, key, chat("coder", stream=True)) as connection:
+    with open_request(gateway, key, chat(model, stream=True)) as connection:
         read_until(connection, b": waiting for a turn")
         house.loop.loop.call_soon_threadsafe(recorder.turn_over, None)
         got = read_until(connection, b"[DONE]")
@@ -174,3 +175,17 @@ def test_an_engines_refusal_within_a_stream_that_has_begun_is_no_success(
     assert (exchange.outcome, exchange.status) == ("refused", 200)
     sample = 'rigpanel_gateway_requests_total{model="coder",outcome="refused",status="200"}'
     until(lambda: gateway.metric(sample) == 1, "it is not counted as refused")
+
+
+def test_an_answer_that_is_no_stream_is_an_event_only_up_to_a_size(
+    house: House, within: Any, bobs_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "AS_EVENT_BYTES_MAX", 1000)
+    for length, ends in ((1000, b"xxxx"), (1001, b'"code": "engine_error"')):
+        body = b'{"x": "%b"}' % (b"x" * (length - 9))
+        wire = OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        got, exchange, _ = waited_for(house, within, bobs_key, wire, f"coder-{length}")
+        assert len(body) == length
+        assert ends in got
+        assert (b"xxxx" in got) is (length == 1000)
+        assert exchange.outcome == ("ok" if length == 1000 else "engine_error")
