@@ -29,7 +29,8 @@ class Exchange:
     ``tokens_in``      with ``tokens_cached``, which are a part of it
     ``events``         data events of a stream that were passed on, about one per token: what is known when a client
                        leaves before the figures come
-    ``first_token_s``  from the request's head to a stream's first data, of another answer to its head; None before
+    ``first_token_s``  from the request's head to a stream's first text, reasoning or call of a tool (not to its head or
+                       the event that only opens it), of another answer to its head; None before
     ``waited_s``       of it in the waiting room and in the queue
     ``status``         what the client got; 200 where the engine's error came as an event of a stream that had begun
     ``outcome``        ``ok``, ``refused`` (the engine answered with an error), or the gateway's own error code

@@ -170,11 +170,6 @@ def is_event_stream(content_type: bytes) -> bool:
     return content_type.partition(b";")[0].strip().lower() == EVENT_STREAM
 
 
-def has_data(events: bytes) -> bool:
-    """Whether there is more in whole events than comments, which only keep a connection alive."""
-    return events.startswith(b"data:") or b"\ndata:" in events
-
-
 LAST_EVENTS = (
     b"data: [DONE]\n\n",
     b"data: [DONE]\r\n\r\n",

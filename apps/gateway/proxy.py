@@ -18,10 +18,10 @@ from apps.gateway.client import Client
 from apps.gateway.intake import Call
 from apps.gateway.limits import Limits
 from apps.gateway.observer import REFUSED, Exchange, Observer
-from apps.gateway.protocol import EventTail, answer_headers, has_data, is_event_stream, is_last_event, upstream_headers
+from apps.gateway.protocol import EventTail, answer_headers, is_event_stream, is_last_event, upstream_headers
 from apps.gateway.routes import RouteCache, seconds_left
 from apps.gateway.upstream import NotConnected, Upstream
-from apps.gateway.usage import AnswerTail, EventTap, Usage
+from apps.gateway.usage import AnswerTail, EventTap, Usage, brings_token
 from apps.gateway.wishes import Answer as WishAnswer
 from apps.gateway.wishes import Wish, Wishes
 
@@ -292,7 +292,7 @@ async def _pass_events(client: Client, call: Call, answer: Answer, usage: Usage)
         events = tap.passed(tail.whole(chunk))
         if answer.complete:
             events += tap.passed(tail.rest())
-        if call.exchange.first_token_s is None and has_data(events):  # the head comes before the engine has begun
+        if call.exchange.first_token_s is None and brings_token(events):
             call.exchange.first_token_s = time.monotonic() - call.began
         if answer.complete:
             await _end_events(client, call, usage, events)

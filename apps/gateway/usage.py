@@ -126,6 +126,39 @@ class EventTap:
         return b"" if found and _is_usage_only(event) else event
 
 
+def brings_token(events: bytes) -> bool:
+    """Whether whole events bring something of the answer: text, reasoning, the call of a tool. What only opens one (a
+    role, ``message_start``) does not; of a shape that is not known any data does. It parses them (some microseconds),
+    so ask only until one did."""
+    return any(line.startswith(b"data:") and _is_token(line[5:].strip()) for line in events.splitlines())
+
+
+def _is_token(data: bytes) -> bool:
+    try:
+        value, _ = _decode(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return data != b"[DONE]"
+    if not isinstance(value, dict):
+        return True
+    if value.get("error"):
+        return False
+    choices, kind = value.get("choices"), value.get("type")
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and (choice.get("text") or _says_something(choice.get("delta"))):
+                return True
+        return False
+    if isinstance(kind, str):  # Anthropic's events and those of responses
+        return kind.endswith("delta") and kind != "message_delta" and _says_something(value.get("delta"))
+    return True
+
+
+def _says_something(delta: object) -> bool:
+    if not isinstance(delta, dict):
+        return bool(delta)
+    return any(value and name not in ("role", "type") for name, value in delta.items())
+
+
 def _is_usage_only(event: bytes) -> bool:
     if not event.startswith(b"data:"):
         return False

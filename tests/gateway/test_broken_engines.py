@@ -106,8 +106,20 @@ def raw_engine(house: House, wire: bytes) -> Any:
     return engine
 
 
-@pytest.mark.parametrize(("stream", "begun"), [(b": ping\n\n", False), (b": ping\n\ndata: {}\n\n", True)])
-def test_a_streams_first_token_is_its_first_data_and_not_its_head(
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+TEXT = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "begun"),
+    [
+        (b": ping\n\n", False),
+        (b": ping\n\ndata: {}\n\n", True),
+        (ROLE + b"data: [DONE]\n\n", False),
+        (ROLE + TEXT + b"data: [DONE]\n\n", True),
+    ],
+)
+def test_a_streams_first_token_is_its_first_text_and_not_its_head_or_its_role(
     house: House, within: Any, bobs_key: str, stream: bytes, begun: bool
 ) -> None:
     recorder = Recorder()

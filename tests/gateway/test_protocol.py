@@ -24,7 +24,8 @@ from apps.gateway.protocol import (
     upstream_headers,
 )
 from apps.gateway.routes import CLEARLY_BUSIER, RouteCache, seconds_left
-from apps.gateway.usage import AnswerTail, EventTap, Usage, split_events
+from apps.gateway.usage import AnswerTail, EventTap, Usage, brings_token, split_events
+from tests.gateway import dialects
 
 
 @given(st.text(alphabet="a:\r\n ", max_size=200), st.lists(st.integers(0, 200), max_size=8))
@@ -316,3 +317,64 @@ def test_the_figures_of_a_long_answer_are_found_at_its_end_or_beginning() -> Non
 
 def test_events_split_at_both_kinds_of_ends() -> None:
     assert split_events(b"a\n\nb\r\n\r\nc") == [b"a\n\n", b"b\r\n\r\n", b"c"]
+
+
+def delta(**members: object) -> bytes:
+    return event({"choices": [{"index": 0, "delta": members, "finish_reason": None}]})
+
+
+def event(value: object) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        b"",
+        b": waiting\n\n",
+        b"data: [DONE]\n\n",
+        delta(role="assistant"),
+        delta(role="assistant", content=""),
+        delta(role="assistant", content=None, reasoning_content=None, tool_calls=[]),
+        delta(),
+        event({"choices": [], "usage": {"prompt_tokens": 1}}),
+        event({"choices": [{"index": 0, "text": ""}]}),
+        event({"error": {"message": "no room"}}),
+        event({"type": "ping"}),
+        event({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": ""}}),
+        event({"type": "message_delta", "delta": {"stop_reason": "end_turn"}}),
+        event({"type": "response.output_item.added", "item": {"type": "message"}}),
+    ],
+)
+def test_what_only_opens_or_ends_an_answer_is_no_token(events: bytes) -> None:
+    assert not brings_token(events)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        delta(content="Hi"),
+        delta(role="assistant", content="Hi"),
+        delta(content="data: [DONE]"),
+        delta(reasoning_content="Let me"),
+        delta(reasoning="Let me"),
+        delta(tool_calls=[{"index": 0, "function": {"name": "now", "arguments": ""}}]),
+        delta(role="assistant") + delta(content="Hi"),
+        event({"choices": [{"index": 0, "text": " "}]}),
+        delta(content="Hi").replace(b"data: ", b"data:").replace(b"\n", b"\r\n"),
+        event({"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "Let"}}),
+        event({"type": "response.function_call_arguments.delta", "delta": "{"}),
+        event({"type": "transcript.text.delta", "delta": "Hi"}),
+        event({"content": "of a shape that nobody knows"}),
+        b"data: no JSON\n\n",
+    ],
+)
+def test_text_reasoning_and_calls_of_tools_are_tokens(events: bytes) -> None:
+    assert brings_token(events)
+
+
+@pytest.mark.parametrize(("path", "first"), [("/v1/messages", b"Hi "), ("/v1/responses", b"Hi there")])
+def test_other_protocols_open_their_answers_with_events_that_bring_no_token(path: str, first: bytes) -> None:
+    begun = next(events for events in dialects.STREAMS[path] if brings_token(events))
+    assert first in begun
+    assert b".delta" in begun or b"content_block_delta" in begun
