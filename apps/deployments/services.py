@@ -118,10 +118,20 @@ def switch_request(
             profile_version=version.number,
         )
         for earlier in [*under_way, *restarts]:
-            ended = job_cancel(earlier, actor=actor, superseded_by=job)
-            if ended.is_final:  # it does not run to leave what it held to this one
-                routes.release(ended.pk, heir_id=job.pk)
+            cancelled = _cancel(earlier, actor, superseded_by=job)
+            if cancelled is not None and cancelled.is_final:  # it does not run to leave what it held to this one
+                routes.release(cancelled.pk, heir_id=job.pk)
     return job
+
+
+def _cancel(job: Job, actor: Actor, superseded_by: Job | None = None) -> Job | None:
+    """None where it has ended since it was read: that is no reason to refuse what somebody asks for instead."""
+    try:
+        return job_cancel(job, actor=actor, superseded_by=superseded_by)
+    except Conflict as conflict:
+        if conflict.code != "job_ended":
+            raise
+        return None
 
 
 def _replica_restarts(rig: Rig) -> list[Job]:
@@ -169,10 +179,10 @@ def stop_request(
         enforce(verdict, actor)
         if deployment.status in COMING_UP and deployment.job_id:
             starting = Job.objects.filter(pk=deployment.job_id, state__in=LIVE_STATES).first()
-            if starting is not None:
+            if starting is not None and (cancelled := _cancel(starting, actor)) is not None:
                 if reason:
-                    job_log(starting, f"{actor.name} stops it: {reason}")
-                return job_cancel(starting, actor=actor)
+                    job_log(cancelled, f"{actor.name} stops it: {reason}")
+                return cancelled
         same = Job.objects.filter(
             kind="stop", state__in=LIVE_STATES, cancel_requested_at=None, params={"deployment_id": deployment.pk}
         ).first()
@@ -196,7 +206,7 @@ def stop_request(
         job.deployment_id = deployment.pk
         resting = [same] if same is not None else []
         for earlier in [*resting, *_replica_restarts(rig)]:
-            job_cancel(earlier, actor=actor, superseded_by=job)
+            _cancel(earlier, actor, superseded_by=job)
     return job
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from apps.audit.models import AuditEntry
 from apps.common.actors import actor_of
-from apps.deployments import launching, replica_restart, switch_forward
+from apps.deployments import launching, replica_restart, services, switch_forward
 from apps.deployments.models import Deployment, Replica, RestartPolicy, Route, Status
 from apps.deployments.reconcile import reconcile
 from apps.deployments.routes import route_table
@@ -18,7 +18,7 @@ from apps.deployments.services import stop_request, switch_request
 from apps.jobs.handlers import JobFailed
 from apps.jobs.models import LIVE_STATES, Job, JobState
 from apps.jobs.runner import JobContext, job_claim
-from apps.jobs.services import job_cancel
+from apps.jobs.services import job_cancel, job_finish
 from apps.profiles.models import Profile
 from apps.runners.protocol import ProcessState
 from tests.deployments.test_switch import PATIENCE_SECONDS, engine_pids, eventually, run, serving
@@ -160,6 +160,51 @@ def test_a_stop_does_not_wait_for_it_either(twins: Profile, alice: Any) -> None:
     waiting.refresh_from_db()
     assert waiting.state == JobState.CANCELLED
     assert job.state == JobState.SUCCEEDED
+    assert not engine_pids()
+
+
+@pytest.fixture
+def ends_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs when somebody clicks ends between the look at it and the cancel, as it may on PostgreSQL."""
+
+    def ended(job: Job, **more: Any) -> Job:
+        job_finish(Job.objects.get(pk=job.pk), JobState.SUCCEEDED, {"summary": "Done."})
+        return job_cancel(job, **more)
+
+    monkeypatch.setattr(services, "job_cancel", ended)
+
+
+def running(job: Job) -> Job:
+    Job.objects.filter(pk=job.pk).update(state=JobState.RUNNING)
+    return job
+
+
+@pytest.mark.usefixtures("ends_meanwhile")
+def test_what_ends_in_the_moment_of_a_click_is_no_reason_to_refuse_it(twins: Profile, alice: Any) -> None:
+    waiting = running(noticed())
+    job = switch_request(profile=simulated_profile("wide"), actor=actor_of(alice))
+    waiting.refresh_from_db()
+    assert (waiting.state, waiting.superseded_by) == (JobState.SUCCEEDED, None)
+    assert run(job).state == JobState.SUCCEEDED
+    assert serving() == ["wide"]
+
+
+@pytest.mark.usefixtures("ends_meanwhile")
+def test_nor_to_refuse_a_stop(twins: Profile, alice: Any) -> None:
+    running(noticed())
+    assert run(stop_request(deployment=deployment(), actor=actor_of(alice))).state == JobState.SUCCEEDED
+    assert not engine_pids()
+
+
+@pytest.mark.usefixtures("ends_meanwhile")
+def test_what_came_up_in_the_moment_of_a_stop_is_stopped(twins: Profile, alice: Any) -> None:
+    starting = Job.objects.get()
+    Job.objects.update(state=JobState.RUNNING)
+    Deployment.objects.update(status=Status.LOADING)
+    job = stop_request(deployment=deployment(), actor=actor_of(alice), reason="enough")
+    assert (job.kind, starting.log_lines.filter(text__contains="enough").exists()) == ("stop", False)
+    Deployment.objects.update(status=Status.READY)
+    assert run(job).state == JobState.SUCCEEDED
     assert not engine_pids()
 
 
