@@ -144,12 +144,10 @@ def _replica_restarts(rig: Rig) -> list[Job]:
 
 def _of_what_serves(version: ProfileVersion, restarts: Iterable[Job]) -> Job | None:
     """The restart of a replica of just this version, which serves with the others."""
-    its = set(
-        Deployment.objects.filter(version=version, status__in=SERVING, desired=Desired.SERVING).values_list(
-            "pk", flat=True
-        )
-    )
-    return next((job for job in restarts if job.params["deployment_id"] in its), None)
+    its = {job.params["deployment_id"]: job for job in restarts}
+    serving = Deployment.objects.filter(pk__in=its, version=version, status__in=SERVING, desired=Desired.SERVING)
+    found = serving.first()
+    return None if found is None else its[found.pk]
 
 
 def _params(version_id: int, exclusive: bool) -> dict[str, object]:
