@@ -259,7 +259,10 @@ def follow_start(ctx: JobContext, deployment: Deployment, replicas: Sequence[Rep
         nonlocal last, told
         if phase != last or fraction - told > 0.02:
             last, told = phase, fraction
-            clock.tell(fraction, phase) if clock else ctx.progress(fraction, phase)
+            if clock:
+                clock.tell(fraction, phase)
+            else:
+                ctx.progress(fraction, phase)
 
     launching.wait_ready(
         deployment, replicas, pause=ctx.sleep, tell=tell, write_log=lambda text: ctx.log(text, "engine")
