@@ -191,18 +191,16 @@ class JobContext:
                 existing[step.name] = JobStep.objects.create(
                     job=self.job, index=first_index + i, name=step.name, title=step.title
                 )
-        shares = expected(self.job, steps).seconds
-        total = sum(shares.values()) or 1.0
-        before = 0.0
         for i, step in enumerate(steps):
             row = existing[step.name]
-            self._step_span = (before / total, shares[step.name] / total)
-            before += shares[step.name]
             if row.state in (StepState.DONE, StepState.SKIPPED):
                 continue
             self._cancellable = step.cancellable if self.job.failure is None else step.undo_cancellable
             self.check()
             times = expected(self.job, steps)  # anew: by now it may be known that it only wakes, say
+            took = [times.seconds[one.name] for one in steps]
+            total = sum(took) or 1.0
+            self._step_span = (sum(took[:i]) / total, took[i] / total)
             left, self._left_after = times.left(steps[i:]), times.left(steps[i + 1 :])
             self.job.eta_at = None if left is None else timezone.now() + timedelta(seconds=left)
             self._update(eta_at=self.job.eta_at)

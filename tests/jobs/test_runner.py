@@ -21,7 +21,7 @@ from apps.common.identity import is_known_alive, is_known_dead, process_key
 from apps.jobs import handlers, leases
 from apps.jobs.handlers import JobFailed, Step
 from apps.jobs.leases import lease_is_over
-from apps.jobs.models import Job, JobState, StepState
+from apps.jobs.models import Job, JobState, JobStep, StepState
 from apps.jobs.runner import JobContext, job_claim
 from apps.jobs.services import LOG_LINES_MAX, job_cancel, job_create, job_log
 from apps.jobs.tasks import resend_waiting_jobs
@@ -98,6 +98,29 @@ def test_steps_run_in_order_and_hand_values_on() -> None:
         ("second", "done", "after 1"),
     ]
     assert job.progress == 1.0
+
+
+def test_the_bar_goes_by_what_the_job_has_turned_out_to_be() -> None:
+    """It wakes a model: what a cold start took says nothing of how far it is."""
+    bars: list[float] = []
+
+    def look(ctx: JobContext) -> None:
+        ctx.save_data(wake=True)
+
+    def load(ctx: JobContext) -> None:
+        ctx.progress(0.5)
+        bars.append(ctx.job.progress)
+
+    for wake, seconds in ((False, {"look": 1, "load": 99}), (True, {"look": 1, "load": 1})):
+        earlier = new_job(data={"wake": wake})
+        Job.objects.filter(pk=earlier.pk).update(state=JobState.SUCCEEDED)
+        for index, (name, took) in enumerate(seconds.items()):
+            at = timezone.now()
+            times = {"started_at": at, "finished_at": at + timedelta(seconds=took)}
+            JobStep.objects.create(job=earlier, index=index, name=name, title=name, state=StepState.DONE, **times)
+    script(look, load)
+    run(new_job())
+    assert bars == [0.75]
 
 
 def test_a_step_that_says_no_fails_the_job_and_undoes() -> None:
