@@ -152,14 +152,24 @@ def next_act(
     if idle_action is not IdleAction.NOTHING and idle_after_seconds > 0:
         kept = {home.profile_id if home else None, slot.profile_id if slot else None}
         for one in running:
-            if one.profile_id not in kept and (one.idle_seconds or 0) >= idle_after_seconds:
-                return Act(
-                    ActKind.REST,
-                    f"idle for {seconds(one.idle_seconds or 0)}",
-                    one.profile_id,
-                    deployment_id=one.deployment_id,
-                )
+            idled = _long_enough(one.idle_seconds, idle_after_seconds)
+            if one.profile_id not in kept and idled is not None:
+                why = f"idle for {seconds(idled)}"
+                return Act(ActKind.REST, why, one.profile_id, deployment_id=one.deployment_id)
     return None
+
+
+def _long_enough(idle: float | None, limit: int | None) -> float | None:
+    """The seconds idled where they reach the limit, else None; also where nobody can say, or there is no limit."""
+    return idle if idle is not None and limit is not None and idle >= limit else None
+
+
+def _idle_all(running: Sequence[Running], empty_seconds: float | None) -> float | None:
+    """For how long nothing has been used; None where one of what runs cannot say."""
+    if not running:
+        return empty_seconds
+    known = [r.idle_seconds for r in running if r.idle_seconds is not None]
+    return min(known) if len(known) == len(running) else None
 
 
 def _home(
@@ -182,18 +192,13 @@ def _home(
             return Act(kind, f"home at {home.at:%H:%M}", home.profile_id, mark=due)
     if home.profile_id in serving:
         return None
-    if running:
-        known = [r.idle_seconds for r in running if r.idle_seconds is not None]
-        idle = min(known) if len(known) == len(running) else None
-    else:
-        idle = empty_seconds
-    idled = idle is not None and home.after_idle_seconds is not None and idle >= home.after_idle_seconds
+    idled = _long_enough(_idle_all(running, empty_seconds), home.after_idle_seconds)
     if tried is not None:  # whichever of the two it was
         # Once its time is over, what people have come to use meanwhile stays.
-        again = tried.is_due(now) and (in_time or idled or not running)
+        again = tried.is_due(now) and (in_time or idled is not None or not running)
         return Act(ActKind.SWITCH, "home, once more", home.profile_id, mark=tried.mark) if again else None
-    if not idled:
+    if idled is None:
         return None
     if acted is not None and timedelta(0) <= now - acted < HOME_AGAIN:
         return None
-    return Act(ActKind.SWITCH, f"home after {seconds(idle or 0)} idle", home.profile_id, mark=now)
+    return Act(ActKind.SWITCH, f"home after {seconds(idled)} idle", home.profile_id, mark=now)
