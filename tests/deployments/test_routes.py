@@ -79,7 +79,6 @@ def test_an_epoch_counts_as_acknowledged_when_every_living_gateway_has_it() -> N
 
 @pytest.mark.django_db
 def test_a_gateway_known_to_be_dead_is_not_waited_for() -> None:
-    GatewayProcess.objects.all().delete()  # a gateway of other tests may have said a last word since
     routes.gateway_seen(f"{socket.gethostname()}:{os.getpid()}:1.00", epoch=1, in_flight={7: 5})  # another birth time
     routes.gateway_seen("elsewhere:1:1.0", epoch=1, in_flight={})
     GatewayProcess.objects.filter(key="elsewhere:1:1.0").update(seen_at=timezone.now() - timedelta(minutes=1))
