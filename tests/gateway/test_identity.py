@@ -109,6 +109,14 @@ def test_a_key_may_be_limited_to_models_and_networks(house: House, gateway: Gate
     assert claimed.status == 403  # no proxy is trusted here
 
 
+def has_menu(house: House, gateway: Any, read: Callable[[], Menu], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway goes by this menu from now on: a look that is under way has ended when this one has."""
+    registration = gateway.gateway.registration
+    monkeypatch.setattr(registration._menu, "read", read)
+    house.loop.run(registration._read_menu(time.monotonic()))
+    assert gateway.gateway.routes.menu is read()
+
+
 def test_an_alias_that_leads_elsewhere_in_the_moment_of_a_request_does_not_widen_a_key(
     house: House, within: Any, bob: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,16 +125,15 @@ def test_an_alias_that_leads_elsewhere_in_the_moment_of_a_request_does_not_widen
     _, token = key_create(bob, name="narrow", allowed_models=["coder"], actor=PANEL)
     gateway = within()
     house.applied(gateway)
-    cache, registration = gateway.gateway.routes, gateway.gateway.registration
+    cache = gateway.gateway.routes
     before = Menu(aliases={"mine": "coder"}, offers={})
     after = Menu(aliases={"mine": "other"}, offers=cache.menu.offers, states={"other": "loaded"})
 
     async def menu_now() -> None:
         cache.menu = after
 
-    monkeypatch.setattr(registration, "menu_now", menu_now)
-    monkeypatch.setattr(registration._menu, "read", lambda: before)
-    until(lambda: setattr(cache, "menu", before) or cache.menu is before, "")
+    has_menu(house, gateway, lambda: before, monkeypatch)
+    monkeypatch.setattr(gateway.gateway.registration, "menu_now", menu_now)
     answer = gateway.ask("POST", CHAT, chat("mine"), key=token)
     assert (answer.status, answer.error["code"]) == (403, "model_not_allowed")
     assert not engine.received
@@ -143,10 +150,8 @@ def test_an_alias_that_leads_elsewhere_while_a_request_waits_does_not_widen_a_ke
     _, wide = key_create(bob, name="wide", allowed_models=["coder", "mine"], actor=PANEL)
     gateway = within()
     house.applied(gateway)
-    cache, registration = gateway.gateway.routes, gateway.gateway.registration
     menus = [Menu(aliases={"mine": name}, offers={}, states={"coder": "loading"}) for name in ("coder", "other")]
-    monkeypatch.setattr(registration._menu, "read", lambda: menus[0])
-    until(lambda: setattr(cache, "menu", menus[0]) or cache.menu is menus[0], "")
+    has_menu(house, gateway, lambda: menus[0], monkeypatch)
     answers: dict[str, Any] = {}
 
     def ask(token: str) -> None:
@@ -157,7 +162,7 @@ def test_an_alias_that_leads_elsewhere_while_a_request_waits_does_not_widen_a_ke
         thread.start()
     until(lambda: gateway.metric("rigpanel_gateway_waiting") == 2, "they do not wait")
     menus.pop(0)
-    cache.menu = menus[0]
+    gateway.gateway.routes.menu = menus[0]
     routes.open_to(deployment)
     for thread in asking:
         thread.join(60)
@@ -248,9 +253,8 @@ def test_a_key_that_is_revoked_while_the_menu_is_read_opens_nothing(
         cache.menu = Menu(aliases={"mine": "other"}, offers={}, states={"other": "loaded"})
         keys.apply(keys.epoch, Known({}, {}))
 
+    has_menu(house, gateway, lambda: before, monkeypatch)
     monkeypatch.setattr(gateway.gateway.registration, "menu_now", menu_now)
-    monkeypatch.setattr(gateway.gateway.registration._menu, "read", lambda: before)
-    cache.menu = before
     answer = gateway.ask("POST", CHAT, chat("mine"), key=bobs_key)
     assert (answer.status, answer.error["code"]) == (401, "key_revoked")
     assert not engine.received
