@@ -7,6 +7,7 @@ import json
 import resource
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import httptools
@@ -62,16 +63,18 @@ class HeadWithBody:
 
 class GatewayProtocol(HttpToolsProtocol):
     """Holes of uvicorn 0.54's protocol closed: heads of any length are buffered; when a client pipelines a second
-    request and goes away, the first one runs on, because reading pauses and only the last one is told; a connection
-    without a request, with half a head, or whose client reads nothing stays open for ever; what follows a head with
-    ``Upgrade`` is never read as its body, so a body that comes a moment later would be the next request; and of a
-    segment with such a head the rest is lost, so that the next one is read from the middle of a request."""
+    request and goes away, the first one runs on, because reading pauses and only the last one is told; what is wrong
+    with the second one is said in the middle of the first one's answer, and cuts it; a connection without a request,
+    with half a head, or whose client reads nothing stays open for ever; what follows a head with ``Upgrade`` is never
+    read as its body, so a body that comes a moment later would be the next request; and of a segment with such a head
+    the rest is lost, so that the next one is read from the middle of a request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_bytes: int | None = None  # of the head that is being read
         self._running_cycle: RequestResponseCycle | None = None
         self._heads = 0  # whole ones
+        self._over = False  # no request is read any more: one is to be refused once those before it are answered
         self._seen = (0, 0)  # what the last look saw: heads, unsent bytes
         self._same_since = self.loop.time()
         # One look now and then instead of a timer for each request and each write.
@@ -92,6 +95,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self.flow.resume_reading()  # a paused socket does not tell that its client left
 
     def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
         self._unset_keepalive_if_required()
         self._parse(memoryview(data))
         if self._head_bytes is not None and not self.transport.is_closing():
@@ -100,7 +105,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.send_400_response("The request's head is too long.")
 
     def _parse(self, data: memoryview) -> None:
-        while data and not self.transport.is_closing():
+        while data and not self._over and not self.transport.is_closing():
             try:
                 self.parser.feed_data(data)
                 return
@@ -115,20 +120,32 @@ class GatewayProtocol(HttpToolsProtocol):
         self._refuse(errors.bad_request(msg))
 
     def _refuse(self, error: errors.GatewayError) -> None:
-        if self.transport.is_closing():  # refused already; what else was wrong with it follows from that
+        if self._over or self.transport.is_closing():  # what else was wrong with it follows from that
             return
         running = self._running_cycle
-        if (
-            running is not None
-            and not running.response_complete
-            and (running.response_started or not running.more_body)  # else it is that request which is refused
-        ):
-            self.transport.close()  # nothing may be put into an answer that is due, or in its place
+        if running is None or running.response_complete:
+            self._write_refusal(error)
+        elif running is not self.cycle or not running.more_body:  # a later request: those before it are answered first
+            self._over, self._head_bytes = True, None
+            if self.pipeline and self.cycle.more_body:  # it waits its turn, and its body is what was wrong
+                self.pipeline.popleft()
+            last = self.pipeline[0][0] if self.pipeline else running
+            last.on_response = partial(self._write_refusal, error)
+            self.flow.resume_reading()  # a paused socket does not tell that its client left
+        elif running.response_started:
+            self.transport.close()  # nothing may be put into its answer, and its body has no end
+        else:
+            self._write_refusal(error)
+
+    def _write_refusal(self, error: errors.GatewayError) -> None:
+        if self.transport.is_closing():
             return
         body = json.dumps(error.payload).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[error.status] + head + body)
-        self.transport.close()
+        # The answer before it may have a head that is not out yet.
+        out = self.transport if self._running_cycle is None else self._running_cycle.transport
+        out.write(STATUS_LINE[error.status] + head + body)
+        out.close()
 
     def _look(self) -> None:
         """Close what only costs a connection: no request for too long, or nobody who takes the answer."""

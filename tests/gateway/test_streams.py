@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from apps.deployments import routes
 from apps.deployments.models import Replica
 from tests.gateway.conftest import GatewayProcess, House
-from tests.gateway.helpers import chat, events, free_port, until
+from tests.gateway.helpers import chat, events, free_port, raw_exchange, until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 CHAT = "/v1/chat/completions"
@@ -93,24 +94,68 @@ def test_pipelined_requests_are_answered_in_turn(house: House, gateway: GatewayP
     connection.close()
 
 
-def test_a_refusal_is_not_written_into_an_answer_that_is_under_way(
+NO_REQUEST = b"this is no request\r\n\r\n"
+BROKEN_BODY = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n".encode()
+UPGRADE = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n{}"
+LONG_HEAD = b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 2**17
+
+
+def answers(got: bytes) -> list[bytes]:
+    """From their status on."""
+    return re.split(rb"HTTP/1\.1 (?=\d{3} )", got)[1:]
+
+
+@pytest.mark.parametrize("wrong", [NO_REQUEST, BROKEN_BODY, UPGRADE, LONG_HEAD])
+@pytest.mark.parametrize("body", [{"stream": True, "gate": True}, {"script": "hang"}])
+def test_what_is_wrong_with_a_pipelined_request_is_said_after_the_earlier_answers(
+    house: House, gateway: GatewayProcess, bobs_key: str, body: dict[str, Any], wrong: bytes
+) -> None:
+    engine = house.engine("coder")
+    house.serve(gateway, "coder", engine)
+    with open_request(gateway, bobs_key, chat("coder", **body)) as connection:
+        until(lambda: engine.running == 1, "the request did not arrive")
+        connection.sendall(request_bytes(bobs_key, chat("coder", seed=7)) + wrong)
+        connection.sendall(b"what comes then is not looked at")
+        assert gateway.ask("GET", "/healthz").status == 200  # it was read
+        house.loop.run(engine.release())
+        got = b"".join(iter(lambda: connection.recv(65536), b""))
+    first, second, refusal = answers(got)
+    assert first.startswith(b"200 ")
+    assert (b"[DONE]" in first) is ("stream" in body)
+    assert first.endswith(b"0\r\n\r\n" if "stream" in body else b"}")
+    assert second.startswith(b"200 ")
+    assert second.endswith(b"}")
+    assert refusal.startswith(b"400 ")
+    assert json.loads(refusal.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_request"
+    assert len(engine.received) == 2
+    nothing_runs(gateway)
+
+
+def test_an_answer_without_a_body_comes_before_the_refusal_of_what_follows(gateway: GatewayProcess) -> None:
+    got = raw_exchange(gateway.port, b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + NO_REQUEST, half_close=False)
+    assert [answer[:4] for answer in answers(got)] == [b"200 ", b"400 "]
+
+
+def test_a_client_that_leaves_after_a_broken_pipelined_request_stops_the_engine(
     house: House, gateway: GatewayProcess, bobs_key: str
 ) -> None:
     engine = house.engine("coder")
     house.serve(gateway, "coder", engine)
-    streams = open_request(gateway, bobs_key, chat("coder", stream=True, gate=True))
-    got = read_until(streams, b"t0")
-    waits = open_request(gateway, bobs_key, chat("coder", script="hang"))
-    until(lambda: engine.running == 2, "the requests did not arrive")
-    for connection in (streams, waits):
-        connection.sendall(b"this is no request\r\n\r\n")
-        while part := connection.recv(65536):
-            got += part
-        connection.close()
-    assert got.count(b"HTTP/1.1") == 1
-    assert b"invalid_request" not in got
-    until(lambda: engine.abandoned == 2, "the requests still run")
+    connection = open_request(gateway, bobs_key, chat("coder", stream=True, gate=True))
+    read_until(connection, b"t0")
+    connection.sendall(NO_REQUEST)
+    assert gateway.ask("GET", "/healthz").status == 200  # it was read
+    assert engine.abandoned == 0
+    connection.close()
+    until(lambda: engine.abandoned == 1, "the request still runs")
     nothing_runs(gateway)
+
+
+def test_a_request_whose_own_body_is_broken_is_refused_itself(gateway: GatewayProcess, bobs_key: str) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bobs_key}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    got = raw_exchange(gateway.port, head.encode() + b"2\r\n{}\r\nno length\r\n", half_close=False)
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert got.count(b"HTTP/1.1") == 1
 
 
 def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event(
