@@ -1,4 +1,5 @@
-"""One log line per request, a twentieth of what structlog takes for it.
+"""One log line per request, a ninth of what structlog takes for it at 300 requests per second, 0.4 of it when each is
+written alone (``benchmarks/access_log.py``).
 
 The line is what ``log.info("request", ...)`` would write, put together by hand; lines of a tenth of a second are handed
 to logging as one record, after their answers are sent. A killed process takes at most these along; the ledger does not
