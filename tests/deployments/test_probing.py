@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from apps.deployments import probing, replica_restart
+from apps.audit.models import AuditEntry
+from apps.deployments import probing
 from apps.deployments.models import Replica, RestartPolicy, Status
+from apps.deployments.reconcile import reconcile
 from apps.deployments.switch_forward import open_traffic
+from apps.jobs.models import JobState
+from tests.deployments.test_replica_restarts import deployment, noticed, replica, serve_twins
 from tests.deployments.test_routes import deployment_on, replica_of
+from tests.deployments.test_switch import eventually, in_thread
 
 pytestmark = pytest.mark.django_db
 
@@ -27,17 +31,38 @@ def hung(replica: Replica) -> None:
 
 
 def test_an_engine_does_not_inherit_that_an_earlier_launch_with_its_key_and_port_hung(rig: Any) -> None:
-    deployment = deployment_on(rig, status=Status.LOADING)
-    replica = replica_of(deployment, 28100)
-    hung(replica)
-    open_traffic(deployment)
-    assert failures(replica) == 0
+    loading = deployment_on(rig, status=Status.LOADING)
+    one = replica_of(loading, 28100)
+    hung(one)
+    open_traffic(loading)
+    assert failures(one) == 0
 
 
-def test_a_replica_that_loaded_for_long_is_not_taken_for_one_that_hangs(rig: Any) -> None:
-    deployment = deployment_on(rig, status=Status.DEGRADED)
-    replica = replica_of(deployment, 28101)
-    hung(replica)
-    job = SimpleNamespace(pk=1, params={"deployment_id": deployment.pk, "replica": replica.index}, profile_name="x")
-    replica_restart._route(SimpleNamespace(job=job, sleep=lambda _: None))  # type: ignore[arg-type]
-    assert failures(replica) == 0
+def test_a_replica_that_loaded_for_long_is_not_taken_for_one_that_hangs(
+    sim_rig: Any, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for it while it loads, but the rig's tick asks it all the same."""
+    monkeypatch.setattr(probing, "AGAIN_SECONDS", 0.1)
+    serve_twins(alice, load_seconds=3.0)
+    RestartPolicy.objects.update(probe_every_seconds=0.1)
+    job = noticed()
+    thread = in_thread(job)
+    enough = RestartPolicy.objects.get().probe_failures
+
+    def counts_as_hanging() -> bool:
+        reconcile()
+        return unanswered_by(replica(1)) >= enough
+
+    eventually(counts_as_hanging, "it is asked while it loads")
+    thread.join(60)  # no further tick before it serves
+    job.refresh_from_db()
+    assert job.state == JobState.SUCCEEDED, job.result
+    for _ in range(3):
+        reconcile()
+        assert deployment().status == Status.READY
+    assert AuditEntry.objects.filter(action="deployment.degraded").count() == 1
+
+
+def unanswered_by(one: Replica) -> int:
+    known = probing._known.get(probing._key(one))
+    return known.failed if known is not None else 0

@@ -27,8 +27,12 @@ from tests.factories.profiles import simulated_profile
 
 @pytest.fixture
 def twins(sim_rig: Any, alice: Any) -> Profile:
+    return serve_twins(alice)
+
+
+def serve_twins(alice: Any, **options: Any) -> Profile:
     """A profile that serves with two replicas."""
-    profile = simulated_profile("twins", tp=2, replicas=2)
+    profile = simulated_profile("twins", tp=2, replicas=2, **options)
     RestartPolicy.objects.create(profile=profile, restarts=2, backoff_seconds=0.0, probe_every_seconds=0.0)
     job = run(switch_request(profile=profile, actor=actor_of(alice)))
     assert job.state == JobState.SUCCEEDED, job.result
