@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import psutil
 import pytest
+from anthropic.types import MessageParam
 
 from tests.panel import Panel, wait_for
 
@@ -84,6 +86,17 @@ def chat(panel: Panel) -> dict[str, Any]:
     return found
 
 
+def speaks_anthropic(panel: Panel) -> None:
+    """The official client by the gateway: a stream whose figures vLLM tells at its end, and the count before it."""
+    with anthropic.Anthropic(base_url=panel.gateway_url, api_key=panel.key(), max_retries=0) as claude:
+        question: list[MessageParam] = [{"role": "user", "content": "hello"}]
+        counted = claude.messages.count_tokens(model="tiny", messages=question).input_tokens
+        with claude.messages.stream(model="tiny", messages=question, max_tokens=5) as stream:
+            said = stream.get_final_message()
+        assert said.usage.input_tokens == counted > 0
+        assert 1 <= said.usage.output_tokens <= 5  # random weights may well end early
+
+
 def stopped(panel: Panel) -> dict[str, Any]:
     (deployment,) = panel.live()
     answer = panel.api(f"/deployments/{deployment['id']}/stop", {})
@@ -128,6 +141,7 @@ def test_a_context_too_long_is_diagnosed_its_suggestion_applied_and_the_model_ta
     (deployment,) = vllm_panel.live()
     assert (deployment["simulated"], deployment["status"]) == (False, "ready")
     assert chat(vllm_panel)["usage"]["completion_tokens"] == 5
+    speaks_anthropic(vllm_panel)
     end = stopped(vllm_panel)
     assert end["state"] == "succeeded", end
     assert "exit code 0" in steps(end)["stop"]
