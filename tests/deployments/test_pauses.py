@@ -111,7 +111,7 @@ def test_a_start_on_a_hot_card_is_cancelled_once_and_its_log_says_why(quad: Any,
 def test_the_next_request_does_not_load_it_on_the_same_hot_card(quad: Any, degrees: dict[int, float], bob: Any) -> None:
     deployment = hot(quad, degrees)
     profile_update(deployment.version.profile, actor=PANEL, members_may_switch=True)
-    answer = granted(Wish("coder", bob.pk, bob.role))
+    answer = granted(Wish("coder", bob.pk))
     assert answer.refused.startswith("Not switched: GPU 1 was stopped for heat at ")
     assert answer.refused.endswith("it may serve again once it has been well for 10 min, or when an operator says so.")
     assert answer.again_s == 600

@@ -253,7 +253,7 @@ def test_a_model_that_does_not_come_up_is_not_tried_again_and_again(
 
 def test_what_failed_a_moment_ago_is_tried_again_once_what_it_missed_has_come(sim_rig: Any, bob: Any) -> None:  # noqa: F811
     profile = simulated_profile("coder", members_may_switch=True, fail_phase="weights")
-    wish = Wish("coder", bob.pk, Role.MEMBER)
+    wish = Wish("coder", bob.pk)
     assert granted(wish).job_id
     assert run_queued()
     assert "The last try to load it ended so" in granted(wish).refused
