@@ -9,7 +9,6 @@ rig page meanwhile; ``--engine`` installs the starter engine, switches to Gemma 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._figures import machine, parser
 from benchmarks.memory import open_page
 from benchmarks.switch_latency import PROFILE
 from tests.panel import NAMES, Panel
@@ -88,18 +88,12 @@ def measure(seconds: float, page: bool, engine: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--seconds", type=float, default=60.0)
     arguments.add_argument("--page", action="store_true")
     arguments.add_argument("--engine", action="store_true")
-    arguments.add_argument("--json", action="store_true")
     options = arguments.parse_args()
-    load = os.getloadavg()[0]
-    figures = {
-        "cores": os.cpu_count(),
-        "load_before": round(load, 2),
-        **measure(options.seconds, options.page, options.engine),
-    }
+    figures = {**machine(), **measure(options.seconds, options.page, options.engine)}
     if options.json:
         print(json.dumps(figures))
         return 0

@@ -9,7 +9,6 @@ Engines are not the panel's; none runs here.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._figures import parser
 from tests.panel import NAMES, OWNER, PASSWORD, Panel
 
 AIM_MB = 450.0
@@ -67,10 +67,9 @@ def measure(seconds: float, page: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--seconds", type=float, default=60.0)
     arguments.add_argument("--page", action="store_true")
-    arguments.add_argument("--json", action="store_true")
     options = arguments.parse_args()
     figures = measure(options.seconds, options.page)
     if options.json:

@@ -10,7 +10,6 @@ and with what the other boots of the same model teach. Exits 1 above an aim or o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -31,6 +30,7 @@ from apps.profiles import fit  # noqa: E402
 from apps.profiles.advice import advice  # noqa: E402
 from apps.profiles.binding import NumaHost, bind  # noqa: E402
 from apps.profiles.placement import DoesNotFit, place  # noqa: E402
+from benchmarks._figures import parser  # noqa: E402
 from tests.profiles.test_fit_estimate import CATALOGUE, H200, HOMELAB, MEASURED, RIG  # noqa: E402
 from tests.profiles.test_placement import rig as rig_facts  # noqa: E402
 
@@ -129,9 +129,7 @@ def corrected(name: str) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    as_json = parser.parse_args().json
+    as_json = parser(__doc__).parse_args().json
     took, rows = times(), boots()
     if as_json:
         print(json.dumps({"milliseconds": took, "boots": rows}))

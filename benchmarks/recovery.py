@@ -14,9 +14,7 @@ the other's very command line, asked as soon as its ``/health`` says 200.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from apps.runners.processes import send_signal
+from benchmarks._figures import machine, parser
 from tests.panel import NAMES, Panel, ask, command_line, wait_for
 
 POLL_SECONDS = 0.005
@@ -183,17 +182,12 @@ def measure(death_count: int, pairs: int) -> dict[str, float]:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--deaths", type=int, default=7)
     arguments.add_argument("--pairs", type=int, default=15)
-    arguments.add_argument("--json", action="store_true")
     options = arguments.parse_args()
-    load = os.getloadavg()[0]
-    figures = {
-        "cores": os.cpu_count(),
-        "load_before": round(load, 2),
-        **{name: round(value, 3) for name, value in measure(options.deaths, options.pairs).items()},
-    }
+    figures = machine()
+    figures |= {name: round(value, 3) for name, value in measure(options.deaths, options.pairs).items()}
     if options.json:
         print(json.dumps(figures))
         return 0

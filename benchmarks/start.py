@@ -11,7 +11,6 @@ RSS counts it in each.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._figures import machine, parser
 from benchmarks.idle import used
 from tests.panel import NAMES, REPOSITORY, Panel, wait_for
 
@@ -80,15 +80,14 @@ def memory_mb(panel: Panel) -> dict[str, dict[str, float]]:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--json", action="store_true")
+    arguments = parser(__doc__)
     arguments.add_argument("--warm-only", action="store_true", help="in this checkout, with the environment it has")
     arguments.add_argument("--rounds", type=int, default=3)
     options = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="rp-bench-", dir="/tmp"))
     panel = Panel(owner=False)
     place = REPOSITORY
-    figures: dict[str, object] = {"load_before": round(os.getloadavg()[0], 2), "cores": os.cpu_count()}
+    figures = machine()
     try:
         if not options.warm_only:
             place = folder / "clone"
@@ -116,7 +115,7 @@ def main() -> int:
     for name, value in figures.items():
         if name != "memory_mb":
             print(f"{name:22} {value}")
-    for name, values in figures["memory_mb"].items():  # type: ignore[attr-defined]
+    for name, values in figures["memory_mb"].items():
         print(f"memory {name:15} PSS {values['pss']:6.1f} MB   RSS {values['rss']:6.1f} MB")
     print(f"aim: together at most {AIM_MEMORY_MB} MB")
     return 0

@@ -11,9 +11,7 @@ what the panel costs. Installs the starter engine into a data directory of its o
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._figures import machine, parser
 from tests.panel import Panel, ask, command_line, stream, wait_for
 
 PROFILE = "gemma-3-270m-cpu"
@@ -132,12 +131,10 @@ def measure(pairs: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--pairs", type=int, default=7)
-    arguments.add_argument("--json", action="store_true")
     options = arguments.parse_args()
-    load = os.getloadavg()[0]
-    figures = {"cores": os.cpu_count(), "load_before": round(load, 2), **measure(options.pairs)}
+    figures = {**machine(), **measure(options.pairs)}
     if options.json:
         print(json.dumps(figures))
         return 0
