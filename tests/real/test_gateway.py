@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import anthropic
@@ -31,18 +33,51 @@ MODEL = "gemma-3-270m"
 HELLO: Any = [{"role": "user", "content": "Name three colours."}]
 
 
-def test_a_real_engine_speaks_through_the_gateway(
-    house: House,  # noqa: F811
-    within: Any,  # noqa: F811
-    bobs_key: str,  # noqa: F811
-    serving: Engine,  # noqa: F811
-) -> None:
-    recorder = Recorder()
-    routes.open_to(house.deploy(MODEL, Address(MODEL, key=KEY, port=serving.port)))
-    gateway = within(recorder)
-    house.applied(gateway)
-    url = f"http://127.0.0.1:{gateway.port}"
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=bobs_key, max_retries=0)
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A gateway before one real engine, and the clients of somebody with a key."""
+
+    gateway: Any
+    recorder: Recorder
+    key: str
+    openai: openai.OpenAI
+    anthropic: anthropic.Anthropic
+
+
+@pytest.fixture
+def opened(house: House, within: Any, bobs_key: str) -> Callable[[Engine], Door]:  # noqa: F811
+    def to(engine: Engine) -> Door:
+        routes.open_to(house.deploy(MODEL, Address(MODEL, key=KEY, port=engine.port)))
+        recorder = Recorder()
+        gateway = within(recorder)
+        house.applied(gateway)
+        url = f"http://127.0.0.1:{gateway.port}"
+        return Door(
+            gateway,
+            recorder,
+            bobs_key,
+            openai.OpenAI(base_url=f"{url}/v1", api_key=bobs_key, max_retries=0),
+            anthropic.Anthropic(base_url=url, api_key=bobs_key, max_retries=0),
+        )
+
+    return to
+
+
+@pytest.fixture
+def launched(runner: Any, opened: Callable[[Engine], Door]) -> Callable[..., Door]:  # noqa: F811
+    """Behind an engine with options of its own."""
+
+    def with_options(name: str, **options: Any) -> Door:
+        engine = Engine(runner, name, GGUF, free_port(), {"extra_args": ["--no-warmup"], **options})
+        engine.wait_until_ready()
+        return opened(engine)
+
+    return with_options
+
+
+def test_a_real_engine_speaks_through_the_gateway(opened: Callable[[Engine], Door], serving: Engine) -> None:  # noqa: F811
+    door = opened(serving)
+    recorder, client, claude = door.recorder, door.openai, door.anthropic
 
     def figures() -> tuple[int, int]:
         seen = until(lambda: recorder.closed and recorder.closed.pop(), "the end was not told")
@@ -69,7 +104,6 @@ def test_a_real_engine_speaks_through_the_gateway(
     assert response.output_text
     assert figures()[1] > 0
 
-    claude = anthropic.Anthropic(base_url=url, api_key=bobs_key, max_retries=0)
     with claude.messages.stream(model=MODEL, max_tokens=8, messages=HELLO) as stream:
         assert stream.get_final_text()
     tokens_in, tokens_out = figures()
@@ -81,7 +115,7 @@ def test_a_real_engine_speaks_through_the_gateway(
     assert recorder.closed.pop().outcome == "refused"
     with pytest.raises(anthropic.NotFoundError, match="not served here"):
         claude.messages.create(model="claude-haiku-4-5", max_tokens=8, messages=HELLO)
-    tokens = gateway.ask("POST", "/tokenize", {"model": MODEL, "content": "Name three colours."}, key=bobs_key)
+    tokens = door.gateway.ask("POST", "/tokenize", {"model": MODEL, "content": "Name three colours."}, key=door.key)
     assert len(tokens.json["tokens"]) > 3
 
 
@@ -119,21 +153,9 @@ def calls(number: int) -> list[Any]:
     ]
 
 
-def test_tools_are_called_through_the_gateway(
-    house: House,  # noqa: F811
-    within: Any,  # noqa: F811
-    bobs_key: str,  # noqa: F811
-    runner: Any,  # noqa: F811
-) -> None:
-    options = {"chat_template": TOOLS_TEMPLATE, "context_tokens": 2048, "extra_args": ["--no-warmup"]}
-    engine = Engine(runner, "tools", GGUF, free_port(), options)
-    engine.wait_until_ready()
-    routes.open_to(house.deploy(MODEL, Address(MODEL, key=KEY, port=engine.port)))
-    recorder = Recorder()
-    gateway = within(recorder)
-    house.applied(gateway)
-    url = f"http://127.0.0.1:{gateway.port}"
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=bobs_key, max_retries=0)
+def test_tools_are_called_through_the_gateway(launched: Callable[..., Door]) -> None:
+    door = launched("tools", chat_template=TOOLS_TEMPLATE, context_tokens=2048)
+    client = door.openai
     wish: Any = {
         "model": MODEL,
         "messages": [*calls(1), *calls(2), {"role": "user", "content": "Weather in Paris?"}],
@@ -152,10 +174,9 @@ def test_tools_are_called_through_the_gateway(
     ]
     assert len(pieces) > 2
     assert json.loads("".join(piece.arguments or "" for piece in pieces)) == {"city": "Paris"}
-    whole, streamed = recorder.closed
+    whole, streamed = door.recorder.closed
     assert (whole.tokens_in, whole.tokens_out) == (streamed.tokens_in, streamed.tokens_out)
 
-    claude = anthropic.Anthropic(base_url=url, api_key=bobs_key, max_retries=0)
     asked: Any = {
         "model": MODEL,
         "max_tokens": 40,
@@ -170,7 +191,7 @@ def test_tools_are_called_through_the_gateway(
             {"role": "user", "content": [answered("c2"), {"type": "text", "text": "Weather in Paris?"}]},
         ],
     }
-    blocks = claude.messages.create(**asked).content
+    blocks = door.anthropic.messages.create(**asked).content
     assert [(block.name, block.input) for block in blocks if block.type == "tool_use"][:1] == [
         ("get_weather", {"city": "Paris"})
     ]
@@ -184,21 +205,9 @@ def answered(call_id: str) -> dict[str, Any]:
     return {"type": "tool_result", "tool_use_id": call_id, "content": "sunny"}
 
 
-def test_embeddings_come_through_the_gateway(
-    house: House,  # noqa: F811
-    within: Any,  # noqa: F811
-    bobs_key: str,  # noqa: F811
-    runner: Any,  # noqa: F811
-) -> None:
-    options = {"embeddings": True, "pooling": "mean", "extra_args": ["--no-warmup"]}
-    engine = Engine(runner, "embeddings", GGUF, free_port(), options)
-    engine.wait_until_ready()
-    routes.open_to(house.deploy(MODEL, Address(MODEL, key=KEY, port=engine.port)))
-    recorder = Recorder()
-    gateway = within(recorder)
-    house.applied(gateway)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{gateway.port}/v1", api_key=bobs_key, max_retries=0)
-    made = client.embeddings.create(model=MODEL, input=["Paris", "Rome is a city"])
+def test_embeddings_come_through_the_gateway(launched: Callable[..., Door]) -> None:
+    door = launched("embeddings", embeddings=True, pooling="mean")
+    made = door.openai.embeddings.create(model=MODEL, input=["Paris", "Rome is a city"])
     assert [len(item.embedding) for item in made.data] == [640, 640]
-    seen = until(lambda: recorder.closed and recorder.closed.pop(), "the end was not told")
+    seen = until(lambda: door.recorder.closed and door.recorder.closed.pop(), "the end was not told")
     assert (seen.tokens_in, seen.tokens_out or 0) == (made.usage.prompt_tokens, 0)
