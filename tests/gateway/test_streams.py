@@ -13,7 +13,7 @@ import pytest
 from apps.deployments import routes
 from apps.deployments.models import Replica
 from tests.gateway.conftest import GatewayProcess, House
-from tests.gateway.helpers import chat, events, free_port, raw_exchange, until
+from tests.gateway.helpers import Engine, chat, events, free_port, raw_exchange, until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 CHAT = "/v1/chat/completions"
@@ -48,16 +48,27 @@ def nothing_runs(gateway: Any) -> None:
     )
 
 
-def test_a_client_that_leaves_in_mid_stream_stops_the_engine(
-    house: House, gateway: GatewayProcess, bobs_key: str
-) -> None:
+def in_mid_stream(house: House, gateway: GatewayProcess, key: str) -> tuple[Engine, socket.socket]:
+    """An engine that has said its first token and goes on once it is let, and the connection of its client."""
     engine = house.engine("coder")
     house.serve(gateway, "coder", engine)
-    connection = open_request(gateway, bobs_key, chat("coder", stream=True, gate=True))
+    connection = open_request(gateway, key, chat("coder", stream=True, gate=True))
     read_until(connection, b"t0")
+    return engine, connection
+
+
+def leave(connection: socket.socket, engine: Engine, gateway: GatewayProcess) -> None:
+    """The client goes, and the engine works for nobody."""
     connection.close()
     until(lambda: engine.abandoned == 1, "the engine was not told that the client left")
     nothing_runs(gateway)
+
+
+def test_a_client_that_leaves_in_mid_stream_stops_the_engine(
+    house: House, gateway: GatewayProcess, bobs_key: str
+) -> None:
+    engine, connection = in_mid_stream(house, gateway, bobs_key)
+    leave(connection, engine, gateway)
 
 
 def test_a_client_that_leaves_before_the_first_token_stops_the_engine(
@@ -67,22 +78,15 @@ def test_a_client_that_leaves_before_the_first_token_stops_the_engine(
     house.serve(gateway, "coder", engine)
     connection = open_request(gateway, bobs_key, chat("coder", script="hang"))
     until(lambda: engine.running == 1, "the request did not arrive")
-    connection.close()
-    until(lambda: engine.abandoned == 1, "the engine was not told that the client left")
-    nothing_runs(gateway)
+    leave(connection, engine, gateway)
 
 
 def test_a_client_that_pipelines_a_second_request_and_leaves_stops_the_first(
     house: House, gateway: GatewayProcess, bobs_key: str
 ) -> None:
-    engine = house.engine("coder")
-    house.serve(gateway, "coder", engine)
-    connection = open_request(gateway, bobs_key, chat("coder", stream=True, gate=True))
-    read_until(connection, b"t0")
+    engine, connection = in_mid_stream(house, gateway, bobs_key)
     connection.sendall(request_bytes(bobs_key, chat("coder")))
-    connection.close()
-    until(lambda: engine.abandoned == 1, "the first request still runs")
-    nothing_runs(gateway)
+    leave(connection, engine, gateway)
 
 
 def test_pipelined_requests_are_answered_in_turn(house: House, gateway: GatewayProcess, bobs_key: str) -> None:
@@ -139,16 +143,11 @@ def test_an_answer_without_a_body_comes_before_the_refusal_of_what_follows(gatew
 def test_a_client_that_leaves_after_a_broken_pipelined_request_stops_the_engine(
     house: House, gateway: GatewayProcess, bobs_key: str
 ) -> None:
-    engine = house.engine("coder")
-    house.serve(gateway, "coder", engine)
-    connection = open_request(gateway, bobs_key, chat("coder", stream=True, gate=True))
-    read_until(connection, b"t0")
+    engine, connection = in_mid_stream(house, gateway, bobs_key)
     connection.sendall(NO_REQUEST)
     assert gateway.ask("GET", "/healthz").status == 200  # it was read
     assert engine.abandoned == 0
-    connection.close()
-    until(lambda: engine.abandoned == 1, "the request still runs")
-    nothing_runs(gateway)
+    leave(connection, engine, gateway)
 
 
 def test_a_request_whose_own_body_is_broken_is_refused_itself(gateway: GatewayProcess, bobs_key: str) -> None:
