@@ -23,16 +23,16 @@ def inherited(job: Job) -> list[int]:
 def to_return(job: Job) -> list[int]:
     """Version ids that this switch brings back when it is given up: what it owes, but for the version that had died
     and that it was to start again itself."""
-    again = job.params.get("version_id") if _restarts(job) else None
+    again = None if restart_of(job) is None else job.params.get("version_id")
     return [version_id for version_id in owed(job) if version_id != again]
 
 
-def _restarts(job: Job) -> bool:
-    """A restart, or a switch to the same version that took its place."""
-    return "restart_of" in job.data or any(
-        earlier.params.get("version_id") == job.params.get("version_id") and _restarts(earlier)
-        for earlier in job.supersedes.all()
-    )
+def restart_of(job: Job) -> int | None:
+    """The deployment that had died, of a restart and of a switch to the same version that took a restart's place."""
+    if "restart_of" in job.data:
+        return int(job.data["restart_of"])
+    same = (earlier for earlier in job.supersedes.all() if earlier.params.get("version_id") == job.params["version_id"])
+    return next((died for earlier in same if (died := restart_of(earlier)) is not None), None)
 
 
 def heir(job: Job) -> Job | None:
