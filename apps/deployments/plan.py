@@ -23,7 +23,7 @@ from apps.deployments.equipment import (
     runs_simulated,
 )
 from apps.deployments.history import measured
-from apps.deployments.models import CPU_SLOT, LIVE, WHOLE_CARD, Deployment, GpuReservation
+from apps.deployments.models import CPU_SLOT, LIVE, SLEEPER, WHOLE_CARD, Deployment, GpuReservation
 from apps.deployments.pauses import pause_words, paused_cards
 from apps.deployments.power import power_warnings
 from apps.deployments.rig_state import live_frame, rig_state, with_readings, without_sleepers
@@ -116,15 +116,16 @@ def plan(version: ProfileVersion, rig: Rig, *, exclusive: bool = False, advise: 
     facts = with_readings(rig_facts(rig), frame)
     chosen_cards: tuple[Card, ...] = ()
     if version.device == Device.GPU:
-        occupied = {r.gpu.uuid for r in held if r.gpu and r.replica.deployment_id not in replaced}
-        occupied |= {g.uuid for g in rig.gpus.filter(pk__in=paused)} if paused else set()
+        others = [r for r in held if r.replica.deployment_id not in replaced]
         try:
             placement = place(
                 facts,
                 replicas=version.replicas,
                 tensor_parallel_size=version.tensor_parallel_size,
                 pipeline_parallel_size=version.pipeline_parallel_size,
-                avoid=frozenset(occupied),
+                avoid=frozenset(r.gpu.uuid for r in others if r.gpu and not r.slot.startswith(SLEEPER)),
+                resting=frozenset(g.uuid for g in rig.gpus.filter(pk__in=paused)) if paused else frozenset(),
+                slept_on=frozenset(r.gpu.uuid for r in others if r.gpu and r.slot.startswith(SLEEPER)),
             )
         except DoesNotFit as no:
             problems.append(str(no))

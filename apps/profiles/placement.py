@@ -1,14 +1,14 @@
 """Where a layout lies on a rig's cards. Pure: facts in, placement or a sentence out.
 
-The replicas use as few occupied cards as possible; among those choices tensor parallel groups sit on
-NVLink pairs wherever these are (0-1/2-3 and 0-2/1-3 are both common), then on one NUMA node, then where no pair
-is torn apart, then on the widest PCIe links, the cooler cards, the lowest slots. The same facts always give the same
-placement.
+The replicas take free cards first, and occupied ones only where nothing else suffices; among those choices tensor
+parallel groups sit on NVLink pairs wherever these are (0-1/2-3 and 0-2/1-3 are both common), then on one NUMA node,
+then where no pair is torn apart, then on the widest PCIe links, the cooler cards, the lowest slots. The same facts
+always give the same placement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -74,11 +74,13 @@ def place(
     tensor_parallel_size: int,
     pipeline_parallel_size: int = 1,
     avoid: frozenset[str] = frozenset(),
+    resting: frozenset[str] = frozenset(),
+    slept_on: frozenset[str] = frozenset(),
 ) -> Placement:
     """Choose cards for a layout.
 
-    ``avoid`` holds the uuids of occupied cards: they are used only as far as the free ones do not
-    suffice. Raises DoesNotFit when the rig has too few cards.
+    Each set holds uuids. ``avoid`` are occupied cards, ``slept_on`` those on which others only sleep, ``resting`` those
+    that may not be loaded for a while. Raises DoesNotFit when the rig has too few cards.
     """
     per_replica = tensor_parallel_size * pipeline_parallel_size
     if min(replicas, tensor_parallel_size, pipeline_parallel_size) < 1:
@@ -88,14 +90,7 @@ def place(
     if needed > len(cards):
         raise DoesNotFit(_too_few(facts, needed, len(cards)))
     pairs: Pairs = {frozenset((b.first_uuid, b.second_uuid)): b.active_lanes for b in facts.bridges}
-    free = [c for c in cards if c.uuid not in avoid]
-    occupied = [c for c in cards if c.uuid in avoid]
-
-    # Nothing occupied is taken unless all free cards are; then as few as possible.
-    if len(free) >= needed:
-        choices: Iterable[tuple[Card, ...]] = combinations(free, needed)
-    else:
-        choices = (tuple(free) + extra for extra in combinations(occupied, needed - len(free)))
+    choices = _choices(cards, needed, avoid, resting, slept_on)
     best = min(
         (_divide(chosen, replicas, per_replica, tensor_parallel_size, pairs) for chosen in choices),
         key=lambda groups: (
@@ -113,6 +108,31 @@ def place(
         nvlinked=_nvlinked(groups, tensor_parallel_size, pairs),
         warnings=tuple(_warnings(best, groups, pairs)),
     )
+
+
+def _choices(
+    cards: Sequence[Card], needed: int, avoid: frozenset[str], resting: frozenset[str], slept_on: frozenset[str]
+) -> Iterable[tuple[Card, ...]]:
+    """Of grade after grade all cards, and any of the first grade that suffices.
+
+    One that rests is waited for sooner than that somebody is stopped; where that spares nobody, it comes after all that
+    may be loaded at once."""
+    unoccupied = [c for c in cards if c.uuid not in avoid]
+    rests = [c for c in unoccupied if c.uuid in resting]
+    beside = [c for c in unoccupied if c.uuid in slept_on and c not in rests]
+    free = [c for c in unoccupied if c not in rests and c not in beside]
+    occupied = [c for c in cards if c.uuid in avoid]
+    sound = [c for c in occupied if c.uuid not in resting]
+    if len(unoccupied) >= needed:
+        grades = [free, beside, rests]
+    else:
+        grades = [free, beside, sound, rests, [c for c in occupied if c not in sound]]
+    taken: tuple[Card, ...] = ()
+    for grade in grades:
+        if len(taken) + len(grade) >= needed:
+            break
+        taken += tuple(grade)
+    return (taken + more for more in combinations(grade, needed - len(taken)))
 
 
 Groups = tuple[tuple[Card, ...], ...]

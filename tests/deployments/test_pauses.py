@@ -19,7 +19,15 @@ from apps.common.errors import Conflict
 from apps.deployments import guard
 from apps.deployments.decide import Act
 from apps.deployments.guard import HOT_SECONDS
-from apps.deployments.models import CardPause, Deployment, Desired, GpuReservation, Status
+from apps.deployments.models import (
+    SLEEPER,
+    WHOLE_CARD,
+    CardPause,
+    Deployment,
+    Desired,
+    GpuReservation,
+    Status,
+)
 from apps.deployments.pauses import pause_card, paused_cards, paused_shown, pauses_look
 from apps.deployments.plan import plan
 from apps.deployments.policies import ticking
@@ -33,6 +41,7 @@ from apps.gateway.wishes import Wish, granted
 from apps.hardware.server import HardwareServer
 from apps.hardware.simulated import SimulatedDriver, SimulatedRig
 from apps.jobs.models import Job, JobState
+from apps.profiles.models import Profile
 from apps.profiles.services import profile_update
 from apps.rigs.services import inventory_sync
 from apps.telemetry.frames import FrameBuilder, parse
@@ -290,6 +299,70 @@ def test_what_fits_on_other_cards_goes_there_and_is_not_refused(quad: Any, degre
     assert switch_request(profile=pair, actor=PANEL, rig=quad, asker=Asker.CLOCK).kind == "switch"
     big = plan(simulated_profile("big", tp=4).current, quad)
     assert any(w.startswith("GPU 1 was stopped for heat at") for w in big.warnings)
+
+
+def lies_on(quad: Any, slug: str, *indexes: int, slot: str = WHOLE_CARD) -> Deployment:
+    deployment = serve(quad, slug, indexes, None)
+    for reservation in GpuReservation.objects.filter(replica__deployment=deployment):
+        own = f"{slot}{deployment.pk}" if slot == SLEEPER else slot
+        GpuReservation.objects.filter(pk=reservation.pk).update(slot=own)
+    if slot == SLEEPER:
+        Deployment.objects.filter(pk=deployment.pk).update(status=Status.SLEEPING, desired=Desired.STOPPED)
+    return deployment
+
+
+def rest(quad: Any, *indexes: int) -> None:
+    for index in indexes:
+        pause_card(quad.gpus.get(index=index), "was stopped for heat", "hot")
+
+
+def laid(quad: Any, profile: Profile) -> tuple[set[int], list[str]]:
+    """On which cards it would lie, and whom it would replace."""
+    found, index = plan(profile.current, quad), {g.pk: g.index for g in quad.gpus.all()}
+    return {index[g] for gpus in found.replica_gpus for g in gpus}, [d.served_name for d in found.in_the_way]
+
+
+def test_nothing_that_serves_is_replaced_because_another_card_rests(quad: Any) -> None:
+    """GPU 0 rests and 3 is free; the bridges want 3 beside 2, where somebody serves."""
+    lies_on(quad, "middle", 1, 2)
+    rest(quad, 0)
+    pair = simulated_profile("pair", tp=2)
+    assert laid(quad, simulated_profile("small", tp=1)) == ({3}, [])
+    assert laid(quad, pair) == ({0, 3}, [])
+    with pytest.raises(Conflict, match="Not switched: GPU 0 was stopped for heat at"):
+        switch_request(profile=pair, actor=PANEL, rig=quad, asker=Asker.CLOCK)
+    lies_on(quad, "last", 3)
+    assert laid(quad, Profile.objects.get(slug="small")) == ({0}, [])
+    assert laid(quad, pair) == ({2, 3}, ["last", "middle"])  # somebody goes in any case: then none that rests
+
+
+def wanted(deployment: Deployment) -> Deployment:
+    """It failed a moment ago and should serve."""
+    GpuReservation.objects.filter(replica__deployment=deployment).update(released_at=timezone.now())
+    Deployment.objects.filter(pk=deployment.pk).update(
+        status=Status.FAILED, desired=Desired.SERVING, ended_at=timezone.now(), status_reason="Its engine died."
+    )
+    deployment.refresh_from_db()
+    return deployment
+
+
+def test_a_restart_waits_for_the_card_rather_than_push_out_what_serves(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 3))
+    lies_on(quad, "beside", 0, 1, 2)
+    rest(quad, 3)
+    decision = look_at_failed(died, restarts_of(died.version.profile))
+    assert decision.act == Act.WAIT
+    assert "restart 1 of 3 waits: GPU 3 was stopped for heat" in decision.why
+    CardPause.objects.all().delete()
+    assert look_at_failed(died, restarts_of(died.version.profile)).act == Act.RESTART
+
+
+def test_one_that_sleeps_on_the_other_cards_spares_what_serves(quad: Any) -> None:
+    lies_on(quad, "awake", 0, 1)
+    lies_on(quad, "asleep", 2, 3, slot=SLEEPER)
+    assert laid(quad, simulated_profile("pair", tp=2)) == ({2, 3}, [])
+    rest(quad, 2)
+    assert laid(quad, simulated_profile("small", tp=1)) == ({3}, [])
 
 
 def test_a_queued_switch_asks_again_when_it_begins(quad: Any, degrees: dict[int, float], bob: Any) -> None:

@@ -133,6 +133,30 @@ def test_occupied_cards_are_used_when_they_are_needed_and_then_the_pairs_count_a
     assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=2, avoid=uuids(0, 1, 2))) == [[2, 3]]
 
 
+def test_where_free_cards_do_not_suffice_one_that_rests_goes_before_one_that_somebody_serves_on() -> None:
+    """The bridges want 2 beside 3, where somebody serves; 1 rests."""
+    rests = {"avoid": uuids(0, 2), "resting": uuids(1)}
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=1, **rests)) == [[3]]
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=2, **rests)) == [[1, 3]]
+
+
+def test_a_resting_card_that_would_spare_nobody_is_not_taken() -> None:
+    """Somebody has to go for a pair in any case: then for one that may serve at once."""
+    rests = {"avoid": uuids(0, 1, 3), "resting": uuids(2)}
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=1, **rests)) == [[2]]
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=2, **rests)) == [[0, 1]]
+    served = {"avoid": uuids(0, 1, 2), "resting": uuids(0)}  # somebody serves on one that rests, as an operator said
+    assert indexes(place(rig(), replicas=1, tensor_parallel_size=2, **served)) == [[1, 3]]
+
+
+def test_a_card_that_somebody_sleeps_on_goes_after_a_free_one_and_before_the_others() -> None:
+    beside = {"avoid": uuids(0, 1), "slept_on": uuids(2)}
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=1, **beside)) == [[3]]
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=2, **beside)) == [[2, 3]]
+    rests = {"avoid": uuids(0), "resting": uuids(1, 2), "slept_on": uuids(2, 3)}
+    assert indexes(place(NEIGHBOURS, replicas=1, tensor_parallel_size=1, **rests)) == [[3]]
+
+
 def test_a_missing_card_takes_its_pair_out() -> None:
     placement = place(rig((0, 1), (2, 3), missing={0}), replicas=1, tensor_parallel_size=2)
     assert indexes(placement) == [[2, 3]]
@@ -163,10 +187,11 @@ def test_two_numa_nodes_keep_replicas_apart_and_warn_when_one_spans_both() -> No
     order=st.permutations(range(4)),
     dead=st.sets(st.sampled_from([0, 1])),
     avoid=st.sets(st.integers(0, 3)),
+    rest=st.sets(st.integers(0, 3)),
     layout=st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (1, 3)]),
 )
 def test_whatever_the_bridges_cards_are_used_once_and_no_occupied_one_without_need(
-    order: list[int], dead: set[int], avoid: set[int], layout: tuple[int, int]
+    order: list[int], dead: set[int], avoid: set[int], rest: set[int], layout: tuple[int, int]
 ) -> None:
     pairs = ((order[0], order[1]), (order[2], order[3]))
     facts = rig(*pairs, dead={pairs[i] for i in dead})
@@ -175,6 +200,11 @@ def test_whatever_the_bridges_cards_are_used_once_and_no_occupied_one_without_ne
     needed = layout[0] * layout[1]
     assert len(used) == len(set(used)) == needed
     assert len(set(used) & avoid) == max(0, needed - (4 - len(avoid)))
+    both = place(facts, replicas=layout[0], tensor_parallel_size=layout[1], avoid=uuids(*avoid), resting=uuids(*rest))
+    taken = {c.index for replica in both.replicas for c in replica}
+    assert bool(taken & avoid) == (needed > 4 - len(avoid))  # whoever rests, nobody goes without need
+    if needed > 4 - len(avoid):
+        assert len(taken & rest) == max(0, needed - (4 - len(rest)))  # then all that may serve come first
     shuffled = RigFacts(tuple(reversed(facts.cards)), tuple(reversed(facts.bridges)))
     again = place(shuffled, replicas=layout[0], tensor_parallel_size=layout[1], avoid=uuids(*avoid))
     assert again.replicas == placement.replicas
