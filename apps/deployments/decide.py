@@ -51,16 +51,18 @@ class ReplicaSeen:
 @dataclass(frozen=True, slots=True)
 class Observation:
     """``busy``: a job that moves engines is at work on the rig. ``restarts``: when this profile was restarted before.
-    ``replaced``: a later deployment of the same profile, or under the same name, exists. ``paused``: why its cards are
-    not to be loaded by themselves now. ``renewing``: a job starts a replica of it again. ``looks_after_itself``: the
-    engine starts its replicas again by itself."""
+    ``ended_at``: when it ended, or the last try to start it again. ``replaced``: a later deployment of the same
+    profile, or under the same name, exists. ``hindered``: why it is not to be started by itself now: a card of it
+    pauses, say, or another runs in its place. ``instead``: who was asked for since and runs in its place. ``renewing``:
+    a job starts a replica of it again. ``looks_after_itself``: the engine starts its replicas again by itself."""
 
     replicas: tuple[ReplicaSeen, ...] = ()
     busy: bool = False
     ended_at: datetime | None = None
     restarts: tuple[datetime, ...] = ()
     replaced: bool = False
-    paused: str = ""
+    hindered: str = ""
+    instead: str = ""
     renewing: bool = False
     looks_after_itself: bool = False
 
@@ -171,6 +173,9 @@ def _failed(seen: Observation, policy: Policy, now: datetime) -> Decision:
         return Decision(Act.DROP, "Restarts are off for this profile.")
     if seen.busy:
         return LEAVE
+    if seen.instead:
+        # As if it had still run: then that would have stopped it.
+        return Decision(Act.GIVE_UP, f"{seen.instead} was asked for since and runs in its place.")
     # Times in the future are from before the clock was set; they count, so that the budget holds.
     window = timedelta(seconds=policy.window_seconds)
     recent = [at for at in seen.restarts if at > now - window]
@@ -180,8 +185,8 @@ def _failed(seen: Observation, policy: Policy, now: datetime) -> Decision:
             Act.GIVE_UP, f"It was restarted {len(recent)} times within {minutes:g} min and failed each time."
         )
     attempt = f"restart {len(recent) + 1} of {policy.restarts}"
-    if seen.paused:
-        return Decision(Act.WAIT, f"{attempt} waits: {seen.paused}")
+    if seen.hindered:
+        return Decision(Act.WAIT, f"{attempt} waits: {seen.hindered}")
     left = _backoff(len(recent), policy, seen.ended_at or now, now)
     if left:
         return Decision(Act.WAIT, f"{attempt} in {left.total_seconds():.0f} s", at=now + left)

@@ -116,16 +116,16 @@ def plan(version: ProfileVersion, rig: Rig, *, exclusive: bool = False, advise: 
     facts = with_readings(rig_facts(rig), frame)
     chosen_cards: tuple[Card, ...] = ()
     if version.device == Device.GPU:
-        others = [r for r in held if r.replica.deployment_id not in replaced]
+        theirs = [r for r in held if r.replica.deployment_id not in replaced]
         try:
             placement = place(
                 facts,
                 replicas=version.replicas,
                 tensor_parallel_size=version.tensor_parallel_size,
                 pipeline_parallel_size=version.pipeline_parallel_size,
-                avoid=frozenset(r.gpu.uuid for r in others if r.gpu and not r.slot.startswith(SLEEPER)),
+                avoid=frozenset(r.gpu.uuid for r in theirs if r.gpu and not r.slot.startswith(SLEEPER)),
                 resting=frozenset(g.uuid for g in rig.gpus.filter(pk__in=paused)) if paused else frozenset(),
-                slept_on=frozenset(r.gpu.uuid for r in others if r.gpu and r.slot.startswith(SLEEPER)),
+                slept_on=frozenset(r.gpu.uuid for r in theirs if r.gpu and r.slot.startswith(SLEEPER)),
             )
         except DoesNotFit as no:
             problems.append(str(no))

@@ -1,7 +1,7 @@
 """Starting again what died: as an ordinary switch to the same version, asked for by the panel.
 
 So a restart holds traffic, waits for the memory, tests and routes like every switch, can be seen and cancelled like
-one, and gives way to what a person asks for. It never takes a card from what runs.
+one, and gives way to what a person asks for. It never takes a card from what runs: it waits, and keeps its wish.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from apps.common.realtime import page_changed
 from apps.deployments import routes
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
 from apps.deployments.models import COMES_BACK, Deployment, Desired, RestartPolicy
-from apps.deployments.pauses import pause_words, paused_cards
+from apps.deployments.policies.decide import Asker
+from apps.deployments.policies.verdicts import switch_verdict
 from apps.deployments.switch import exclusion
-from apps.deployments.switch_sleep import effect_of
 from apps.jobs.estimates import typical_seconds
-from apps.jobs.models import LIVE_STATES, Job
+from apps.jobs.models import LIVE_STATES, Job, JobState
 from apps.jobs.services import job_create
 from apps.profiles.models import Profile
 from apps.rigs.models import Rig
@@ -52,12 +52,16 @@ def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
     restarts = Job.objects.filter(
         kind="switch", rig_name=rig.slug, profile_slug=profile.slug, data__has_key="restart_of"
     ).order_by("-pk")
+    busy = engines_busy(rig)
+    # While a job moves engines, what is in the way is about to change, and nothing is begun anyhow.
+    hindered, instead = ("", "") if busy else _hindered(deployment)
     seen = Observation(
-        busy=engines_busy(rig),
-        ended_at=deployment.ended_at,
+        busy=busy,
+        ended_at=_last_ended(deployment),
         restarts=tuple(restarts.values_list("created_at", flat=True)[:50]),
         replaced=later.filter(Q(version__profile=profile) | Q(served_name=deployment.served_name)).exists(),
-        paused=_paused(deployment),
+        hindered=hindered,
+        instead=instead,
     )
     decision = decide(deployment.desired, deployment.status, seen, plain(policy), timezone.now())
     if decision.act == Act.RESTART:
@@ -65,7 +69,8 @@ def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
         return decision
     if decision.act in (Act.GIVE_UP, Act.DROP):
         _let_go(deployment, decision)
-    # While another job moves engines it is left alone, and its own time comes after. Nobody waits for a card to cool.
+    # While another job moves engines it is left alone, and its own time comes after. Nobody waits for a card to cool or
+    # for another model to go.
     if deployment.desired == Desired.SERVING and (decision.act == Act.LEAVE or decision.at is not None):
         routes.wait_for_restart(deployment, _ready_at(deployment, decision.at))
     else:
@@ -73,17 +78,34 @@ def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
     return decision
 
 
-def _paused(deployment: Deployment) -> str:
-    """Why its cards are not to be loaded by themselves now: the guard took work from one of them."""
+def _hindered(deployment: Deployment) -> tuple[str, str]:
+    """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
     rig = deployment.rig
-    paused = paused_cards(rig)
-    if not paused:
-        return ""
-    return pause_words([paused[gpu] for gpu in effect_of(deployment.version, rig).cards if gpu in paused], rig)
+    verdict = switch_verdict(deployment.version, rig, asker=Asker.RESTART, asker_pk=None)
+    if not verdict.taken_by or deployment.ended_at is None:
+        return verdict.why, ""
+    taken_by = Profile.objects.filter(pk__in=verdict.taken_by)
+    asked = Job.objects.filter(
+        kind="switch",
+        rig_name=rig.slug,
+        state=JobState.SUCCEEDED,
+        finished_at__gte=deployment.ended_at,
+        profile_slug__in=taken_by.values("slug"),
+    )
+    slugs = asked.exclude(data__has_key="restart_of").values("profile_slug")
+    return verdict.why, ", ".join(taken_by.filter(slug__in=slugs).values_list("name", flat=True))
+
+
+def _last_ended(deployment: Deployment) -> datetime | None:
+    """When it ended, or the last try to start it again that made nothing of it."""
+    tried = Job.objects.filter(kind="switch", data__restart_of=deployment.pk).exclude(finished_at=None)
+    found = [deployment.ended_at, *tried.order_by("-pk").values_list("finished_at", flat=True)[:1]]
+    return max((at for at in found if at is not None), default=None)
 
 
 def _claim(deployment: Deployment, **values: object) -> bool:
-    """Of two ticks at once one acts: the wish that the failed row carried goes over to what comes of it."""
+    """Of two ticks at once one acts: the wish that the failed row carried goes over to what comes of it, and back where
+    nothing does (``switch_back``)."""
     won = Deployment.objects.filter(COMES_BACK, pk=deployment.pk).update(desired=Desired.STOPPED, **values)
     return won == 1
 

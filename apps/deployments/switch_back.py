@@ -32,11 +32,13 @@ from apps.rigs.selectors import rig_get
 def clean_up(ctx: JobContext) -> str:
     target_id = ctx.job.data.get("target")
     if target_id is None:
+        _give_the_wish_back(ctx)
         return "nothing was started"
     target = target_of(ctx)
     if target.status not in LIVE:
         return "nothing runs"
     if ctx.job.data.get("wake") and sleeping.is_at_rest(target):
+        _give_the_wish_back(ctx)
         return "it sleeps on"
     failure = ctx.job.failure or {}
     cancelled = failure.get("state") == "cancelled"
@@ -55,6 +57,15 @@ def clean_up(ctx: JobContext) -> str:
     told = launching.stop_processes(target)
     deployment_transition(target, Status.STOPPED if cancelled else Status.FAILED, why)
     return told
+
+
+def _give_the_wish_back(ctx: JobContext) -> None:
+    """A restart took the wish from what had failed, and made nothing that carries it on: it is asked for again later,
+    unless somebody cancelled it or owes its return by now."""
+    cancelled = (ctx.job.failure or {}).get("state") == "cancelled"
+    if "restart_of" in ctx.job.data and not cancelled and heir(ctx.job) is None:
+        failed = Deployment.objects.filter(pk=ctx.job.data["restart_of"], status=Status.FAILED)
+        failed.update(desired=Desired.SERVING)
 
 
 def bring_back(ctx: JobContext) -> str:

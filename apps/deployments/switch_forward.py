@@ -51,7 +51,7 @@ def plan_step(ctx: JobContext) -> str:
         ctx.save_data(nothing_to_do=True)
         ctx.set_deployment(same.pk)
         return "it already serves"
-    if "target" not in ctx.job.data and "restart_of" not in ctx.job.data:
+    if "target" not in ctx.job.data:
         ask_again(ctx.job, version, rig)
     asleep = sleeping.sleeper_of(version, rig)
     if asleep is not None and "target" not in ctx.job.data:
@@ -59,11 +59,6 @@ def plan_step(ctx: JobContext) -> str:
     if ctx.job.data.get("wake"):
         return "it sleeps here and is woken"
     the_plan = _planned(ctx, exclusive=exclusive)
-    if "restart_of" in ctx.job.data and the_plan.in_the_way and "target" not in ctx.job.data:
-        others = ", ".join(d.profile_name for d in the_plan.in_the_way)
-        raise JobFailed(f"{version.profile} was not restarted: {others} runs in its place now.", cause="replaced")
-    if "restart_of" in ctx.job.data and "target" not in ctx.job.data:
-        ask_again(ctx.job, version, rig)
     if refusals := _refusals(ctx, the_plan):
         raise JobFailed(
             f"{version.profile} cannot start on {rig}: {' '.join(refusals)}",

@@ -35,11 +35,12 @@ WATCHED = {Status.READY, Status.DEGRADED, Status.SLEEPING}
 ENDED = {Status.STOPPED, Status.FAILED}
 
 
+@pytest.mark.parametrize("hindered", ["", "GPU 1 was stopped for heat"])
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("replicas", REPLICAS)
 @pytest.mark.parametrize(("desired", "status"), list(itertools.product(Desired, Status)))
-def test_every_combination(desired: Desired, status: Status, replicas: str, busy: bool) -> None:
-    seen = Observation(replicas=REPLICAS[replicas], busy=busy, ended_at=NOW)
+def test_every_combination(desired: Desired, status: Status, replicas: str, busy: bool, hindered: str) -> None:
+    seen = Observation(replicas=REPLICAS[replicas], busy=busy, ended_at=NOW, hindered=hindered)
     found = decide(desired, status, seen, POLICY, NOW)
     if status in WATCHED:
         # Whatever was asked: an engine that died is told, and a job that is stopping it finds it gone.
@@ -53,7 +54,7 @@ def test_every_combination(desired: Desired, status: Status, replicas: str, busy
             expected = Act.LEAVE
     elif status in ENDED:
         wanted = status == Status.FAILED and desired == Desired.SERVING
-        expected = Act.RESTART if wanted and not busy else Act.LEAVE
+        expected = (Act.WAIT if hindered else Act.RESTART) if wanted and not busy else Act.LEAVE
     else:
         expected = Act.LEAVE if busy else Act.END
     assert found.act == expected
@@ -96,6 +97,8 @@ def ago(*seconds: float) -> tuple[datetime, ...]:
         ("replaced is over", Observation(ended_at=NOW, replaced=True), POLICY, Act.DROP),
         ("replaced is over, busy or not", Observation(ended_at=NOW, replaced=True, busy=True), POLICY, Act.DROP),
         ("no end on record", Observation(), POLICY, Act.RESTART),
+        ("another was asked for since", Observation(instead="Other", hindered="Other runs"), POLICY, Act.GIVE_UP),
+        ("not while a job moves engines", Observation(instead="Other", busy=True), POLICY, Act.LEAVE),
     ],
 )
 def test_restarts(what: str, seen: Observation, policy: Policy, act: Act) -> None:
@@ -104,6 +107,15 @@ def test_restarts(what: str, seen: Observation, policy: Policy, act: Act) -> Non
     if act == Act.WAIT:
         assert found.at is not None
         assert found.at > NOW
+
+
+@pytest.mark.parametrize("tries", [ago(), ago(30), ago(30, 60)])
+def test_what_is_hindered_waits_for_as_long_as_it_takes(tries: tuple[datetime, ...]) -> None:
+    """It is not tried, so its budget stays whole, and nobody can say when it begins."""
+    seen = Observation(ended_at=ago(90000)[0], restarts=tries, hindered="Other runs in its place")
+    found = decide(Desired.SERVING, Status.FAILED, seen, POLICY, NOW)
+    assert (found.act, found.at) == (Act.WAIT, None)
+    assert found.why == f"restart {len(tries) + 1} of 3 waits: Other runs in its place"
 
 
 AWAY = ReplicaSeen(1, ProcessState.EXITED, healthy=False, exit_code=-9, tried_at=NOW)

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import time_machine
+from django.db.models import F
 from django.test import Client
 from django.utils import timezone
 
 from apps.audit.models import AuditEntry
 from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Conflict
-from apps.deployments import guard
-from apps.deployments.decide import Act
+from apps.deployments import guard, switch_forward
+from apps.deployments.decide import Act, Decision
 from apps.deployments.guard import HOT_SECONDS
 from apps.deployments.models import (
     SLEEPER,
@@ -32,7 +33,7 @@ from apps.deployments.pauses import pause_card, paused_cards, paused_shown, paus
 from apps.deployments.plan import plan
 from apps.deployments.policies import ticking
 from apps.deployments.policies.decide import PAUSE, Asker
-from apps.deployments.policies.models import RigPolicy
+from apps.deployments.policies.models import Pin, RigPolicy
 from apps.deployments.policies.selectors import policy_of
 from apps.deployments.restarting import look_at_failed
 from apps.deployments.restarting import policy_of as restarts_of
@@ -40,7 +41,9 @@ from apps.deployments.services import switch_request
 from apps.gateway.wishes import Wish, granted
 from apps.hardware.server import HardwareServer
 from apps.hardware.simulated import SimulatedDriver, SimulatedRig
+from apps.jobs.handlers import JobCancelled, JobFailed
 from apps.jobs.models import Job, JobState
+from apps.jobs.services import job_cancel
 from apps.profiles.models import Profile
 from apps.profiles.services import profile_update
 from apps.rigs.services import inventory_sync
@@ -48,7 +51,7 @@ from apps.telemetry.frames import FrameBuilder, parse
 from tests.deployments.conftest import PLANNED, Begun
 from tests.deployments.test_guard import serve
 from tests.deployments.test_switch import run
-from tests.factories.profiles import simulated_profile
+from tests.factories.profiles import add_version, simulated_profile
 
 pytestmark = pytest.mark.django_db
 
@@ -355,6 +358,159 @@ def test_a_restart_waits_for_the_card_rather_than_push_out_what_serves(quad: Any
     assert "restart 1 of 3 waits: GPU 3 was stopped for heat" in decision.why
     CardPause.objects.all().delete()
     assert look_at_failed(died, restarts_of(died.version.profile)).act == Act.RESTART
+
+
+def looked(deployment: Deployment) -> Decision:
+    deployment.refresh_from_db()
+    return look_at_failed(deployment, restarts_of(deployment.version.profile))
+
+
+def a_minute_passes() -> None:
+    """Longer than the backoff after one or two tries."""
+    for rows, field in ((Deployment.objects.all(), "ended_at"), (Job.objects.all(), "finished_at")):
+        rows.update(**{field: F(field) - timedelta(minutes=1)})
+
+
+def its_restart() -> Job:
+    return Job.objects.get(kind="switch", state=JobState.QUEUED)
+
+
+def end(deployment: Deployment) -> None:
+    Deployment.objects.filter(pk=deployment.pk).update(status=Status.STOPPED, desired=Desired.STOPPED)
+    GpuReservation.objects.filter(replica__deployment=deployment).update(released_at=timezone.now())
+
+
+def test_a_restart_that_is_refused_when_it_begins_gives_the_wish_back_and_waits(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    assert looked(died).act == Act.RESTART
+    rest(quad, 1)
+    job = run(its_restart())
+    assert job.state == JobState.FAILED
+    assert job.summary.startswith("Not restarted: GPU 1 was stopped for heat at ")
+    died.refresh_from_db()
+    assert (died.status, died.desired) == (Status.FAILED, Desired.SERVING)
+    for _ in range(5):
+        decision = looked(died)
+        assert (decision.act, decision.at) == (Act.WAIT, None)
+        assert decision.why.startswith("restart 2 of 3 waits: GPU 1 was stopped for heat at ")
+    assert Job.objects.filter(kind="switch").count() == 1
+    CardPause.objects.all().delete()
+    a_minute_passes()
+    assert looked(died).act == Act.RESTART
+
+
+def test_a_restart_waits_until_what_runs_in_its_place_is_gone(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    beside = lies_on(quad, "beside", 3)
+    for _ in range(5):
+        assert looked(died).why == "restart 1 of 3 waits: Beside runs in its place"
+    assert not Job.objects.exists()
+    end(beside)
+    assert looked(died).act == Act.RESTART
+    beside = lies_on(quad, "back", 3)  # it came back in this moment
+    job = run(its_restart())
+    assert job.summary.startswith("Not restarted: Back runs in its place.")
+    assert looked(died).why == "restart 2 of 3 waits: Back runs in its place"
+    assert Deployment.objects.get(pk=beside.pk).status == Status.READY
+
+
+def test_a_restart_waits_for_a_pin_of_a_sleeper_that_it_would_end(quad: Any, alice: Any) -> None:
+    greedy = simulated_profile("coder", tp=4, gpu_memory_utilization=0.98).current
+    died = wanted(Deployment.objects.create(rig=quad, version=greedy, served_name="coder", status=Status.READY))
+    asleep = lies_on(quad, "asleep", 2, 3, slot=SLEEPER)
+    pin = Pin.objects.create(
+        rig=quad,
+        profile=asleep.version.profile,
+        user_pk=alice.pk,
+        user_name="alice",
+        until=timezone.now() + timedelta(hours=2),
+    )
+    for _ in range(5):
+        assert looked(died).why.startswith("restart 1 of 3 waits: Asleep is pinned by alice until ")
+    assert not Job.objects.exists()
+    pin.delete()
+    assert looked(died).act == Act.RESTART
+
+
+def test_an_older_version_that_sleeps_does_not_keep_the_newer_one_from_its_restart(quad: Any, begun: Begun) -> None:
+    asleep = lies_on(quad, "coder", 0, 1, slot=SLEEPER)
+    newer = add_version(asleep.version.profile, tp=2, replicas=1, model=asleep.version.model)
+    died = Deployment.objects.create(rig=quad, version=newer, served_name="coder", status=Status.READY)
+    assert looked(wanted(died)).act == Act.RESTART
+    assert PLANNED in begun(its_restart()).summary
+
+
+def test_what_somebody_asked_for_since_in_its_place_ends_the_wish_and_says_so(quad: Any, olivia: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    profile = lies_on(quad, "others", 3).version.profile
+    job = Job.objects.create(
+        kind="switch", title="Switch to Others", rig_name=quad.slug, queue="q", user_name="olivia",
+        state=JobState.SUCCEEDED, finished_at=timezone.now(), profile_slug=profile.slug,
+    )  # fmt: skip
+    Job.objects.filter(pk=job.pk).update(finished_at=timezone.now() - timedelta(hours=1))
+    assert looked(died).act == Act.WAIT  # it was there before
+    Job.objects.filter(pk=job.pk).update(finished_at=timezone.now())
+    assert looked(died).act == Act.GIVE_UP
+    died.refresh_from_db()
+    assert died.desired == Desired.STOPPED
+    assert died.status_reason == "Its engine died. Others was asked for since and runs in its place."
+
+
+def test_a_restart_that_cannot_be_planned_is_tried_again_within_its_budget(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    quad.gpus.filter(index=3).update(present=False)
+    for tries in (1, 2, 3):
+        assert looked(died).act == Act.RESTART
+        assert "cannot start on" in run(its_restart()).summary
+        if tries < 3:
+            decision = looked(died)
+            assert decision.why.startswith(f"restart {tries + 1} of 3 in ")
+            assert decision.at is not None
+            a_minute_passes()
+    assert looked(died).act == Act.GIVE_UP
+    died.refresh_from_db()
+    assert died.status_reason == "Its engine died. It was restarted 3 times within 10 min and failed each time."
+
+
+def test_a_restart_that_breaks_before_it_made_anything_keeps_the_wish(
+    quad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1))
+    assert looked(died).act == Act.RESTART
+    monkeypatch.setattr(switch_forward, "ask_again", lambda *_: 1 / 0)
+    assert run(its_restart()).state == JobState.ERRORED
+    died.refresh_from_db()
+    assert died.desired == Desired.SERVING
+
+
+def test_a_restart_that_somebody_cancels_or_supersedes_does_not_give_the_wish_back(
+    quad: Any, olivia: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1))
+    assert looked(died).act == Act.RESTART
+    cancelled = its_restart()
+
+    def cancel(*_: Any) -> None:
+        job_cancel(cancelled, actor=actor_of(olivia))
+        raise JobCancelled
+
+    monkeypatch.setattr(switch_forward, "ask_again", cancel)
+    assert run(cancelled).state == JobState.CANCELLED
+    died.refresh_from_db()
+    assert died.desired == Desired.STOPPED
+    Deployment.objects.filter(pk=died.pk).update(desired=Desired.SERVING)
+    a_minute_passes()
+    assert looked(died).act == Act.RESTART
+    superseded = its_restart()
+
+    def supersede(*_: Any) -> None:
+        switch_request(profile=simulated_profile("other", tp=1), actor=actor_of(olivia), rig=quad)
+        raise JobFailed("It was refused in this moment.")
+
+    monkeypatch.setattr(switch_forward, "ask_again", supersede)
+    assert run(superseded).state == JobState.FAILED
+    died.refresh_from_db()
+    assert died.desired == Desired.STOPPED  # who superseded it owes the return
 
 
 def test_one_that_sleeps_on_the_other_cards_spares_what_serves(quad: Any) -> None:

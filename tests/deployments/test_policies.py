@@ -32,6 +32,7 @@ from tests.factories.profiles import simulated_profile
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
+SLEEPS = InTheWay(7, "Coder", None, asleep=True)
 PIN = PinFact(1, 7, "Coder", 50, "alice", NOW + timedelta(hours=5), "exam")
 
 
@@ -80,6 +81,15 @@ def decided(**changes: Any) -> Any:
             {"minimum_residency_seconds": 60, "asker": Asker.MEMBER, "in_the_way": [InTheWay(7, "Coder", None)]},
             True,
             "",
+        ),
+        ({"asker": Asker.RESTART}, False, "Not restarted: Coder runs in its place."),
+        ({"asker": Asker.RESTART, "override": True, "pins": [PIN]}, False, "Coder runs in its place."),
+        ({"asker": Asker.RESTART, "in_the_way": [SLEEPS]}, True, ""),
+        ({"asker": Asker.RESTART, "in_the_way": [SLEEPS], "pins": [PIN]}, False, "Not restarted: Coder is pinned by"),
+        (
+            {"asker": Asker.RESTART, "in_the_way": [SLEEPS, InTheWay(9, "Other", None)]},
+            False,
+            "Other runs in its place.",
         ),
     ],
 )

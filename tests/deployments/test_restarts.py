@@ -303,6 +303,23 @@ def test_a_restart_takes_no_card_from_what_runs_now(coder: Profile, alice: Any) 
     assert not Job.objects.filter(state__in=LIVE_STATES).exists()
 
 
+def test_what_is_asked_for_while_it_waits_for_its_restart_ends_the_wait(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    assert run(queued_restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    died = Deployment.objects.get(status=Status.FAILED, desired="serving")
+    run(switch_request(profile=simulated_profile("wide", tp=4), actor=actor_of(alice)))
+    reconcile()
+    died.refresh_from_db()
+    assert died.desired == "stopped"
+    assert died.status_reason.endswith("Wide was asked for since and runs in its place.")
+    assert serving() == ["wide"]
+    run(stop_request(deployment=Deployment.objects.get(status=Status.READY), actor=actor_of(alice)))
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+
+
 def test_a_cancelled_restart_is_not_tried_again(coder: Profile, alice: Any) -> None:
     kill_engine()
     reconcile()

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from apps.common.roles import Role
@@ -91,11 +92,13 @@ class PausedCard:
 
 @dataclass(frozen=True, slots=True)
 class InTheWay:
-    """A deployment that the switch would replace; ``since`` is when it became ready, None while it comes up."""
+    """A deployment that the switch would replace; ``since`` is when it became ready, None while it comes up or sleeps.
+    ``asleep``: it serves nobody."""
 
     profile_id: int
     profile_name: str
     since: datetime | None
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +112,18 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``sentence`` says why not. ``overridable``: an operator may do it all the same by saying so, which is recorded;
-    ``overridden`` and ``cards`` are the pins and paused cards that it passes over, or which forbid it."""
+    """``sentence`` says why not, ``why`` the same within another sentence. ``overridable``: an operator may do it all
+    the same by saying so, which is recorded; ``overridden`` and ``cards`` are the pins and paused cards that it passes
+    over, or which forbid it. ``taken_by`` are the profiles that run where a restart would be."""
 
     allowed: bool
     sentence: str = ""
     code: str = ""
+    why: str = ""
     overridable: bool = False
     overridden: tuple[PinFact, ...] = ()
     cards: tuple[PausedCard, ...] = ()
+    taken_by: tuple[int, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -160,16 +166,20 @@ def may_switch(
     passing: Collection[str] = (),
     scheduled: Scheduled | None = None,
 ) -> Verdict:
-    """Pins and paused cards first, then the calendar, then minimum residency.
+    """Who runs in the place of a restart; then pins and paused cards, then the calendar, then minimum residency.
 
-    A pin binds everybody but its owner; it does not bind a renewal of the pinned profile itself. ``cards`` are those
-    of the target that the guard has paused: they bind everybody. An operator passes over both with ``override``, or
-    over those whose keys are in ``passing``. Minimum residency binds members, the gateway and the clock, not
-    operators. What the calendar gives these hours to is not replaced by a request at the gateway; people may.
-    ``target_profile_id`` is None for a stop.
+    A restart replaces nothing that is awake. A pin binds everybody but its owner; it does not bind a renewal of the
+    pinned profile itself. ``cards`` are those of the target that the guard has paused: they bind everybody. An operator
+    passes over both with ``override``, or over those whose keys are in ``passing``. Minimum residency binds members,
+    the gateway and the clock, not operators. What the calendar gives these hours to is not replaced by a request at the
+    gateway; people may. ``target_profile_id`` is None for a stop.
     """
     replaced = [d for d in in_the_way if d.profile_id != target_profile_id]
-    what = "stopped" if target_profile_id is None else "switched"
+    what = "stopped" if target_profile_id is None else "restarted" if asker is Asker.RESTART else "switched"
+    awake = [d for d in in_the_way if not d.asleep]
+    if asker is Asker.RESTART and awake:
+        why = f"{', '.join(d.profile_name for d in awake)} {'run' if len(awake) > 1 else 'runs'} in its place"
+        return _refused(what, why, "replaced", taken_by=tuple(d.profile_id for d in awake))
     binding = tuple(
         pin
         for pin in pins
@@ -182,12 +192,11 @@ def may_switch(
     if found and not (says_so and (override or all(key in passing for key in found))):
         told = "; ".join(filter(None, (_pinned(binding, now, zone), *(card.words(now, zone) for card in cards))))
         code = "pinned" if binding else "card_paused"
-        return Verdict(False, f"Not {what}: {told}.", code, overridable=says_so, overridden=binding, cards=tuple(cards))
+        return _refused(what, told, code, overridable=says_so, overridden=binding, cards=tuple(cards))
     theirs = scheduled is not None and any(d.profile_id == scheduled.profile_id for d in replaced)
     if asker is Asker.AUTOMATIC and scheduled is not None and theirs:
         until = clock(scheduled.until, now, zone)
-        sentence = f"Not {what}: the calendar gives these hours to {scheduled.profile_name}, until {until}."
-        return Verdict(False, sentence, "scheduled")
+        return _refused(what, f"the calendar gives these hours to {scheduled.profile_name}, until {until}", "scheduled")
     if asker.waits_for_residents and minimum_residency_seconds > 0:
         for one in replaced:
             if one.since is None:
@@ -195,13 +204,17 @@ def may_switch(
             free_at = one.since + timedelta(seconds=minimum_residency_seconds)
             if free_at > now:
                 served = seconds((now - one.since).total_seconds())
-                return Verdict(
-                    False,
-                    f"Not {what}: {one.profile_name} has served for {served} only, and each model stays at least "
-                    f"{seconds(minimum_residency_seconds)} (until {clock(free_at, now, zone)}).",
+                return _refused(
+                    what,
+                    f"{one.profile_name} has served for {served} only, and each model stays at least "
+                    f"{seconds(minimum_residency_seconds)} (until {clock(free_at, now, zone)})",
                     "resident",
                 )
     return Verdict(True, overridden=binding, cards=tuple(cards))
+
+
+def _refused(what: str, why: str, code: str, **more: Any) -> Verdict:
+    return Verdict(False, f"Not {what}: {why}.", code, why, **more)
 
 
 def _pinned(pins: Sequence[PinFact], now: datetime, zone: ZoneInfo) -> str:

@@ -64,10 +64,12 @@ def stop_verdict(
 
 
 def _anything_binds(rig: Rig, asker: Asker) -> bool:
-    """Spares the plan where there is nothing to decide: no pin, no paused card, and nothing that must stay or has these
-    hours."""
+    """Spares the plan where there is nothing to decide: no pin, no paused card, and nothing that must stay, has these
+    hours or may be in the place of a restart."""
     if pin_facts(rig, timezone.now()) or paused_cards(rig):
         return True
+    if asker is Asker.RESTART:
+        return Deployment.objects.filter(rig=rig, status__in=LIVE).exists()
     if not asker.waits_for_residents:
         return False
     policy = policy_of(rig)
@@ -78,12 +80,13 @@ def _anything_binds(rig: Rig, asker: Asker) -> bool:
 
 
 def _in_the_way(deployment: Deployment) -> InTheWay:
-    return InTheWay(deployment.version.profile_id, deployment.profile_name, _serving_since(deployment))
+    asleep = deployment.status == Status.SLEEPING
+    return InTheWay(deployment.version.profile_id, deployment.profile_name, _serving_since(deployment), asleep)
 
 
 def _asleep(deployment: Deployment) -> InTheWay:
     """A sleeper that would end: only a pin keeps it, it serves nobody."""
-    return InTheWay(deployment.version.profile_id, deployment.profile_name, None)
+    return InTheWay(deployment.version.profile_id, deployment.profile_name, None, asleep=True)
 
 
 def _verdict(
