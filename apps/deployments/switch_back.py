@@ -21,6 +21,7 @@ from apps.deployments.switch_forward import (
     wait_for_deployment,
 )
 from apps.deployments.switch_policy import why_not_back
+from apps.deployments.switch_sleep import effect_of
 from apps.jobs.estimates import typical_seconds
 from apps.jobs.handlers import JobCancelled, JobFailed
 from apps.jobs.runner import JobContext
@@ -108,7 +109,8 @@ def restore(ctx: JobContext) -> str:
     ):
         coming = str(version.pk) in ctx.job.data.get("returning", {})
         the_plan = plan(version, rig)
-        if not coming and (the_plan.in_the_way or the_plan.problems):
+        in_the_way = effect_of(version, rig, the_plan=the_plan).replaced  # not what sleeps of it and is woken
+        if not coming and (in_the_way or the_plan.problems):
             told.append(f"{version.profile.name} was not brought back: it does not fit beside what runs now.")
             continue
         try:
@@ -137,8 +139,12 @@ def _nothing_lost(ctx: JobContext) -> str:
 
 
 def _return_version(ctx: JobContext, version: ProfileVersion, rig: Rig) -> None:
-    """Start a version again and send its traffic back to it; carries on where an earlier try was cut off."""
-    if _woken_again(ctx, version, rig):
+    """Start a version again and send its traffic back to it; carries on where an earlier try was cut off.
+
+    Where it may not be loaded now, it fails and stays wanted: the reconciler asks for it again (``restarting``), and
+    what sleeps of it is woken then."""
+    asleep = sleeping.sleeper_of(version, rig)
+    if asleep is not None and _woken_again(ctx, asleep):
         return
     deployment = _returning(ctx, version, rig)
     if deployment.status not in COMING_UP:
@@ -148,9 +154,12 @@ def _return_version(ctx: JobContext, version: ProfileVersion, rig: Rig) -> None:
         ctx.progress(0.0, f"{version.profile} comes back", takes)
         routes.expect(ctx.job.pk, ctx.job.eta_at)
     the_plan = plan(version, rig)
-    if told := why_not_back(ctx.job, deployment, [gpu for gpus in the_plan.replica_gpus for gpu in gpus]):
-        _give_back_up(deployment, told, {})
-        raise JobFailed(told, cause="card_paused")
+    cards = [gpu for gpus in the_plan.replica_gpus for gpu in gpus]
+    if why_not := why_not_back(ctx.job, deployment, cards, the_plan.in_the_way):
+        _give_back_up(deployment, why_not.message, {})
+        raise why_not
+    if asleep is not None and asleep.status == Status.SLEEPING:
+        _end(asleep, "a card of it pauses, and it is started on others")
     wait_for_memory(the_plan.replica_gpus, ctx.sleep)
     try:
         start_deployment(deployment, the_plan)
@@ -165,32 +174,33 @@ def _return_version(ctx: JobContext, version: ProfileVersion, rig: Rig) -> None:
     open_traffic(deployment)
 
 
-def _woken_again(ctx: JobContext, version: ProfileVersion, rig: Rig) -> bool:
-    """What the switch laid down to sleep gets up again; where that fails it ends, and the version is started cold."""
-    asleep = sleeping.sleeper_of(version, rig)
-    if asleep is None:
-        return False
+def _woken_again(ctx: JobContext, asleep: Deployment) -> bool:
+    """What the switch laid down to sleep gets up again; where that fails it ends, and the version is started cold. On a
+    card that pauses it sleeps on, unless the version can be started on others."""
     held = asleep.replicas.values_list("reservations__gpu_id", flat=True).filter(reservations__released_at=None)
     cards = [gpu for gpu in held if gpu]
-    if told := why_not_back(ctx.job, asleep, cards):
-        raise JobFailed(told, cause="card_paused")
+    if why_not_back(ctx.job, asleep, cards):
+        return False
     wait_for_memory([cards], ctx.sleep)
     try:
         sleeping.wake_up(asleep)
         smoke(asleep, ctx.sleep)
     except (sleeping.SleepFailed, JobFailed) as failed:
         ctx.log(f"{asleep.profile_name} did not wake ({failed}); it is stopped and started cold.")
-        why = "it did not wake up"
-        Deployment.objects.filter(pk=asleep.pk).update(desired=Desired.STOPPED)  # the cold one takes its place
-        deployment_transition(asleep, Status.STOPPING, why)
-        launching.stop_processes(asleep)
-        deployment_transition(asleep, Status.STOPPED, why)
+        _end(asleep, "it did not wake up")
         return False
     except JobCancelled:
         _give_back_up(asleep, "its return was cancelled")
         raise
     open_traffic(asleep)
     return True
+
+
+def _end(asleep: Deployment, why: str) -> None:
+    Deployment.objects.filter(pk=asleep.pk).update(desired=Desired.STOPPED)  # the cold one takes its place
+    deployment_transition(asleep, Status.STOPPING, why)
+    launching.stop_processes(asleep)
+    deployment_transition(asleep, Status.STOPPED, why)
 
 
 def _returning(ctx: JobContext, version: ProfileVersion, rig: Rig) -> Deployment:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from django.utils import timezone
 
-from apps.deployments.models import Deployment
+from apps.deployments.models import Deployment, Status
 from apps.deployments.pauses import pause_words, paused_cards
-from apps.deployments.policies.decide import Asker, pin_words
+from apps.deployments.policies.decide import Asker, in_its_place, pin_words
 from apps.deployments.policies.selectors import pin_facts, policy_of
 from apps.deployments.policies.verdicts import switch_verdict
 from apps.jobs.handlers import JobFailed
@@ -47,13 +49,21 @@ def spared(job: Job, rig: Rig) -> dict[int, str]:
     return {pin.profile_id: f"Not switched: {pin_words(pin, now, policy_of(rig).zone)}." for pin in binding}
 
 
-def why_not_back(job: Job, deployment: Deployment, cards: list[int]) -> str:
-    """Why what a switch stopped is not brought back by itself: a card of it was stopped in the meantime, or is not well
-    yet. A card that it served on before, as somebody said, is no reason."""
+def why_not_back(
+    job: Job, deployment: Deployment, cards: Sequence[int], others: Collection[Deployment] = ()
+) -> JobFailed | None:
+    """Why what a switch stopped is not brought back by itself now, or nothing: a card of it was stopped in the
+    meantime, or is not well yet, or some of ``others`` are awake where it would be. A card that it served on before, as
+    somebody said, is no reason."""
     paused = paused_cards(deployment.rig)
     found = [paused[gpu] for gpu in cards if gpu in paused]
     found = [card for card in found if card.free_at is None or card.at >= job.created_at]
-    return f"Not brought back: {pause_words(found, deployment.rig)}." if found else ""
+    if found:
+        return JobFailed(f"Not brought back: {pause_words(found, deployment.rig)}.", cause="card_paused")
+    awake = [d for d in others if d.pk != deployment.pk and d.status != Status.SLEEPING]
+    if awake:
+        return JobFailed(f"Not brought back: {in_its_place([d.profile_name for d in awake])}.", cause="replaced")
+    return None
 
 
 def _leave(job: Job) -> dict | None:  # type: ignore[type-arg]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -14,20 +15,33 @@ from django.utils import timezone
 from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Conflict
 from apps.deployments import launching, sleeping, switch_forward, switch_sleep
+from apps.deployments.decide import Act
 from apps.deployments.engine_http import ask
 from apps.deployments.memory import card_use
-from apps.deployments.models import Deployment, GpuReservation, RestartPolicy, Route, Status
+from apps.deployments.models import (
+    WHOLE_CARD,
+    CardPause,
+    Deployment,
+    GpuReservation,
+    Replica,
+    RestartPolicy,
+    Route,
+    Status,
+)
+from apps.deployments.pauses import pause_card
 from apps.deployments.policies.decide import Asker
 from apps.deployments.policies.models import Pin, RigPolicy
 from apps.deployments.reconcile import reconcile
+from apps.deployments.restarting import look_at_failed, policy_of
 from apps.deployments.routes import route_table
 from apps.deployments.services import stop_request, switch_request
+from apps.jobs.handlers import JobFailed
 from apps.jobs.models import LIVE_STATES, Job, JobState, StepState
 from apps.profiles.models import Profile
 from apps.rigs.models import Gpu
 from apps.runners.processes import all_processes, send_signal
 from apps.runners.protocol import ProcessState
-from tests.deployments.test_switch import engine_pids, eventually, run
+from tests.deployments.test_switch import engine_pids, eventually, in_thread, loading, run
 from tests.factories.profiles import add_version, catalogue_model, simulated_profile
 
 GIB = 1 << 30
@@ -384,6 +398,110 @@ def test_what_does_not_wake_to_come_back_is_started_cold_and_nobody_wants_the_sl
     before.refresh_from_db()
     assert (before.status, before.desired) == (Status.STOPPED, "stopped")
     assert (deployment("day").status, deployment("day").desired) == (Status.READY, "serving")
+
+
+@pytest.fixture
+def heat_stops(sim_rig: Any, alice: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A switch to another profile, whose start fails since a card of it has become too hot."""
+
+    def to(profile: Profile, index: int, then: Callable[[], None] = lambda: None) -> Job:
+        def start(*_: Any) -> str:
+            pause_card(sim_rig.gpus.get(index=index), "was stopped for heat", "hot")
+            then()
+            raise JobFailed("It was stopped for heat.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(switch_forward, "start_deployment", start)
+            return run(switch_request(profile=profile, actor=actor_of(alice)))
+
+    return to
+
+
+def test_what_slept_for_a_switch_that_failed_is_woken_once_its_card_may_serve(switch: Any, heat_stops: Any) -> None:
+    day = sleeper("day")
+    switch(sleeper("night"))
+    switch(day)
+    before = deployment("day")
+    job = heat_stops(sleeper("other"), 1)
+    assert "could not be brought back either: Not brought back: GPU 1 was stopped for heat at " in job.summary
+    assert (status("night"), status("other")) == (Status.SLEEPING, Status.FAILED)
+    before.refresh_from_db()
+    assert before.status == Status.SLEEPING
+    for _ in range(3):
+        reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    engines = engine_pids()
+    CardPause.objects.all().delete()
+    reconcile()
+    job = run(Job.objects.get(state__in=LIVE_STATES))
+    assert (job.state, job.user_name, job.deployment_id) == (JobState.SUCCEEDED, "panel", before.pk)
+    before.refresh_from_db()
+    assert (before.status, before.desired) == (Status.READY, "serving")
+    assert engine_pids() == engines  # woken, not started
+    for _ in range(3):
+        reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    assert status("night") == Status.SLEEPING  # as it was meant to
+
+
+def test_it_is_started_cold_where_the_guard_has_ended_it_meanwhile(switch: Any, heat_stops: Any) -> None:
+    switch(sleeper("day"))
+    before = deployment("day")
+    heat_stops(sleeper("other"), 1)
+    run(stop_request(deployment=before, actor=PANEL, reason="GPU 1 has been at 97 °C", override=True))
+    CardPause.objects.all().delete()
+    reconcile()
+    assert run(Job.objects.get(state__in=LIVE_STATES)).state == JobState.SUCCEEDED
+    before.refresh_from_db()
+    assert (before.status, status("day")) == (Status.STOPPED, Status.READY)
+
+
+def test_where_other_cards_are_free_it_comes_back_at_once_on_them(switch: Any, heat_stops: Any) -> None:
+    switch(sleeper("day", tp=2))
+    before = deployment("day")
+    job = heat_stops(sleeper("other"), 1)
+    assert "Brought back Day." in job.summary
+    before.refresh_from_db()
+    assert (before.status, status("day")) == (Status.STOPPED, Status.READY)
+    held = GpuReservation.objects.filter(replica__deployment=deployment("day"), released_at=None)
+    assert sorted(held.values_list("gpu__index", flat=True)) == [2, 3]
+
+
+def test_what_has_its_place_taken_meanwhile_waits_to_come_back(switch: Any, sim_rig: Any, heat_stops: Any) -> None:
+    """Card 3 is taken while the switch has its turn: nobody is pushed out, and the wish stays."""
+    switch(simulated_profile("day"))
+
+    def take() -> None:
+        beside = simulated_profile("beside", tp=1).current
+        CardPause.objects.all().delete()
+        taker = Deployment.objects.create(rig=sim_rig, version=beside, served_name="beside", status=Status.READY)
+        replica = Replica.objects.create(
+            deployment=taker, index=0, launch_id="x", host="127.0.0.1", port=29999, base_url="http://x"
+        )
+        GpuReservation.objects.create(rig=sim_rig, gpu=sim_rig.gpus.get(index=3), slot=WHOLE_CARD, replica=replica)
+
+    job = heat_stops(simulated_profile("other", tp=2), 1, take)
+    assert "could not be brought back either: Not brought back: Beside runs in its place." in job.summary
+    assert (status("day"), deployment("day").desired, status("beside")) == (Status.FAILED, "serving", Status.READY)
+    decision = look_at_failed(deployment("day"), policy_of(deployment("day").version.profile))
+    assert (decision.act, decision.why) == (Act.WAIT, "restart 1 of 3 waits: Beside runs in its place")
+    assert not Route.objects.filter(served_name="day").exists()  # no request waits for another model to go
+
+
+def test_what_slept_for_a_superseded_switch_is_woken_beside_its_successor(
+    switch: Any, sim_rig: Any, alice: Any
+) -> None:
+    switch(sleeper("day", tp=2))
+    before = deployment("day")
+    slow = switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice))
+    thread = in_thread(slow)
+    eventually(lambda: loading("slow"), "slow loads")
+    assert status("day") == Status.SLEEPING
+    right = switch_request(profile=simulated_profile("right", tp=2), actor=actor_of(alice))
+    thread.join(60)
+    assert "Brought back Day." in run(right).summary
+    before.refresh_from_db()
+    assert (before.status, status("right")) == (Status.READY, Status.READY)
 
 
 def test_a_new_version_does_not_wake_the_old_one(switch: Any) -> None:

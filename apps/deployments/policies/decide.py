@@ -178,7 +178,7 @@ def may_switch(
     what = "stopped" if target_profile_id is None else "restarted" if asker is Asker.RESTART else "switched"
     awake = [d for d in in_the_way if not d.asleep]
     if asker is Asker.RESTART and awake:
-        why = f"{', '.join(d.profile_name for d in awake)} {'run' if len(awake) > 1 else 'runs'} in its place"
+        why = in_its_place([d.profile_name for d in awake])
         return _refused(what, why, "replaced", taken_by=tuple(d.profile_id for d in awake))
     binding = tuple(
         pin
@@ -219,6 +219,10 @@ def _refused(what: str, why: str, code: str, **more: Any) -> Verdict:
 
 def _pinned(pins: Sequence[PinFact], now: datetime, zone: ZoneInfo) -> str:
     return " and ".join(pin_words(pin, now, zone) for pin in pins)
+
+
+def in_its_place(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'run' if len(names) > 1 else 'runs'} in its place"
 
 
 def pin_words(pin: PinFact, now: datetime, zone: ZoneInfo) -> str:
