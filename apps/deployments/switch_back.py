@@ -7,7 +7,7 @@ from typing import Any
 from django.db import transaction
 
 from apps.deployments import launching, routes, sleeping
-from apps.deployments.heirs import heir, inherited, to_return
+from apps.deployments.heirs import heir, inherited, restart_of, to_return
 from apps.deployments.memory import wait_for_memory
 from apps.deployments.models import COMING_UP, LIVE, SERVING, Deployment, Desired, Status
 from apps.deployments.plan import plan
@@ -61,12 +61,12 @@ def clean_up(ctx: JobContext) -> str:
 
 
 def _give_the_wish_back(ctx: JobContext) -> None:
-    """A restart took the wish from what had failed, and made nothing that carries it on: it is asked for again later,
-    unless somebody cancelled it or owes its return by now."""
+    """A restart, or a click in its place, took the wish from what had failed, and made nothing that carries it on: it
+    is asked for again later, unless somebody cancelled it or owes its return by now."""
     cancelled = (ctx.job.failure or {}).get("state") == "cancelled"
-    if "restart_of" in ctx.job.data and not cancelled and heir(ctx.job) is None:
-        failed = Deployment.objects.filter(pk=ctx.job.data["restart_of"], status=Status.FAILED)
-        failed.update(desired=Desired.SERVING)
+    died = restart_of(ctx.job)
+    if died is not None and not cancelled and heir(ctx.job) is None:
+        Deployment.objects.filter(pk=died, status=Status.FAILED).update(desired=Desired.SERVING)
 
 
 def bring_back(ctx: JobContext) -> str:

@@ -16,7 +16,7 @@ from apps.audit.models import AuditEntry
 from apps.common.actors import actor_of
 from apps.common.models import Epoch
 from apps.deployments import launching, probing, restarting, switch_forward
-from apps.deployments.models import LIVE, Deployment, RestartPolicy, Route, Status
+from apps.deployments.models import LIVE, CardPause, Deployment, RestartPolicy, Route, Status
 from apps.deployments.pauses import pause_card
 from apps.deployments.reconcile import reconcile
 from apps.deployments.selectors import empty_because
@@ -280,6 +280,18 @@ def test_a_click_in_the_place_of_a_restart_that_fails_or_is_cancelled_does_not_l
     assert run(job).state == JobState.CANCELLED
     assert Deployment.objects.count() == 3
     assert not Deployment.objects.filter(status__in=LIVE).exists()
+
+
+def test_a_click_in_the_place_of_a_restart_that_is_refused_gives_the_wish_back(coder: Profile, olivia: Any) -> None:
+    queued_restart()
+    job = switch_request(profile=coder, actor=actor_of(olivia))
+    for gpu in Gpu.objects.all():
+        pause_card(gpu, "was stopped for heat", "hot")
+    assert run(job).summary.startswith("Not switched: GPU 0 was stopped for heat")
+    CardPause.objects.all().delete()
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    assert serving() == ["coder"]
 
 
 def test_what_a_restart_owes_goes_on_from_the_click_in_its_place_to_the_next_one(coder: Profile, alice: Any) -> None:
