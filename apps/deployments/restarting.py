@@ -78,6 +78,14 @@ def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
     return decision
 
 
+def coming_back(deployment: Deployment) -> str:
+    """For people: that the panel starts it again, and what that waits for; empty of what is not to come back."""
+    if not deployment.comes_back:
+        return ""
+    hindered, _ = _hindered(deployment)
+    return f"The panel starts it again, but not yet: {hindered}." if hindered else "The panel starts it again."
+
+
 def _hindered(deployment: Deployment) -> tuple[str, str]:
     """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
     rig = deployment.rig

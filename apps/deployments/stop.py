@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from apps.common.actors import PANEL
 from apps.deployments import launching, routes, sleeping
 from apps.deployments.draining import drain
-from apps.deployments.models import LIVE, SERVING, Deployment, Desired, Status
+from apps.deployments.models import COMES_BACK, LIVE, SERVING, Deployment, Desired, Status
 from apps.deployments.status import deployment_transition
 from apps.jobs.handlers import Step
 from apps.jobs.models import Job
@@ -58,6 +59,11 @@ def _stop(ctx: JobContext) -> str:
     deployment = _deployment(ctx)
     if ctx.job.data.get("rest") and (told := _rest(ctx, deployment)):
         return told
+    if ctx.job.user_name != PANEL.name:
+        # While a sleeper slept on, a return of the same version may have failed that waits for a card: nobody wants it
+        # now. What the guard ends is wanted still.
+        returns = Deployment.objects.filter(COMES_BACK, rig=deployment.rig_id, version=deployment.version_id)
+        returns.update(desired=Desired.STOPPED)
     return stop_now(deployment, f"stopped by {ctx.job.user_name}")
 
 

@@ -21,7 +21,7 @@ from apps.deployments.policies.decide import Asker
 from apps.deployments.policies.services import loading_set
 from apps.deployments.policies.verdicts import asker_of, stop_verdict, switch_verdict
 from apps.deployments.questions import pin_question, stop_question, switch_question
-from apps.deployments.restarting import policy_of
+from apps.deployments.restarting import coming_back, policy_of
 from apps.deployments.selectors import deployment_get
 from apps.deployments.services import (
     cut_request,
@@ -62,7 +62,8 @@ def deployment_detail(request: HttpRequest, pk: int) -> HttpResponse:
         "replicas": deployment.replicas.prefetch_related("reservations__gpu"),
         "log_tail": log_tail,
         "may_cut": deployment.status == Status.DRAINING and covers(request.user, Role.OPERATOR),
-        "may_stop": deployment.is_live and covers(request.user, Role.OPERATOR),
+        "may_stop": (deployment.is_live or deployment.comes_back) and covers(request.user, Role.OPERATOR),
+        "coming_back": coming_back(deployment),
         "suggestion": _suggestion(request, deployment),
     }
     return render(request, "deployments/detail.html", context)

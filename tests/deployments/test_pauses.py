@@ -380,6 +380,26 @@ def end(deployment: Deployment) -> None:
     GpuReservation.objects.filter(replica__deployment=deployment).update(released_at=timezone.now())
 
 
+def test_the_page_of_what_waits_for_its_restart_says_why_and_lets_an_operator_give_it_up(
+    quad: Any, client: Client, olivia: Any, bob: Any
+) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    url = f"/deployments/{died.pk}/"
+    client.force_login(bob)
+    assert "The panel starts it again.</p>" in client.get(url).content.decode()
+    rest(quad, 1)
+    html = client.get(url).content.decode()
+    assert "The panel starts it again, but not yet: GPU 1 was stopped for heat at " in html
+    assert ">Stop</button>" not in html
+    client.force_login(olivia)
+    assert ">Stop</button>" in client.get(url).content.decode()
+    client.post(f"{url}stop/")
+    assert run(Job.objects.get(kind="stop")).state == JobState.SUCCEEDED
+    html = client.get(url).content.decode()
+    assert "The panel starts it again" not in html
+    assert ">Stop</button>" not in html
+
+
 def test_a_restart_that_is_refused_when_it_begins_gives_the_wish_back_and_waits(quad: Any) -> None:
     died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
     assert looked(died).act == Act.RESTART

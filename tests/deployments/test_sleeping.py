@@ -456,6 +456,17 @@ def test_it_is_started_cold_where_the_guard_has_ended_it_meanwhile(switch: Any, 
     assert (before.status, status("day")) == (Status.STOPPED, Status.READY)
 
 
+def test_whoever_stops_the_sleeper_does_not_want_it_to_come_back(switch: Any, heat_stops: Any, alice: Any) -> None:
+    switch(sleeper("day"))
+    before = deployment("day")
+    heat_stops(sleeper("other"), 1)
+    assert deployment("day").comes_back
+    run(stop_request(deployment=before, actor=actor_of(alice)))
+    CardPause.objects.all().delete()
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+
+
 def test_where_other_cards_are_free_it_comes_back_at_once_on_them(switch: Any, heat_stops: Any) -> None:
     switch(sleeper("day", tp=2))
     before = deployment("day")
