@@ -153,9 +153,11 @@ def _lose(
             return  # a switch or stop moved it first
         routes.close(deployment)
         record(PANEL, "deployment.lost", "deployment", deployment.pk, str(deployment), {"why": why})
-        # In the same moment, so that requests wait for the restart instead of being turned away.
         deployment.refresh_from_db(fields=["desired", "ended_at", "status_reason"])
-        look_at_failed(deployment, policy)
+        if deployment.comes_back:
+            # In the same moment, so that requests wait for what is decided below instead of being turned away.
+            routes.wait_for_restart(deployment, None)
+    look_at_failed(deployment, policy)
 
 
 def _evidence(deployment: Deployment, replica: Replica, end: ProcessSeen) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.utils import timezone
 
 from apps.audit.models import AuditEntry
@@ -74,6 +75,26 @@ def test_what_died_is_started_again_and_requests_wait_for_it(coder: Profile) -> 
     assert [(r.served_name, r.state) for r in Route.objects.all()] == [("coder", "open")]
     assert died.evidence
     assert died.evidence["exit_code"] == -9
+
+
+def test_whether_it_may_be_restarted_is_looked_at_with_no_write_open(
+    coder: Profile, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan reads files and the store, for which no other writer waits."""
+    run(switch_request(profile=simulated_profile("beside", tp=2), actor=actor_of(alice)))
+    looked: list[tuple[bool, list[tuple[str, str]]]] = []
+    really = restarting.switch_verdict
+
+    def look(*args: Any, **more: Any) -> Any:
+        routes = sorted((r.served_name, r.state) for r in Route.objects.all())
+        looked.append((connection.in_atomic_block, routes))
+        return really(*args, **more)
+
+    monkeypatch.setattr(restarting, "switch_verdict", look)
+    kill_engine()
+    reconcile()
+    assert looked == [(False, [("beside", "open"), ("coder", "held")])]  # and its requests wait already
+    assert ("coder", "held", restart().pk) in waits()
 
 
 def test_after_its_budget_it_stays_failed_and_says_why(coder: Profile) -> None:
