@@ -123,8 +123,8 @@ def test_a_page_has_one_heading_one_title_and_a_way_past_the_menu(visit: Visitor
     titles: dict[str, list[str]] = {}
     for path in PAGES:
         page.goto(path.format(**story))
-        assert page.locator("main").count() == 1, path
-        assert page.get_by_role("heading", level=1).count() >= 1, f"{path} has no heading"
+        expect(page.locator("main"), path).to_have_count(1)
+        expect(page.get_by_role("heading", level=1).first, f"{path} has no heading").to_be_visible()
         titles.setdefault(page.title(), []).append(path)
     assert not {title: paths for title, paths in titles.items() if len(paths) > 1}
     page.goto("/")
@@ -150,7 +150,8 @@ def test_a_switch_by_keyboard_alone(visit: Visitor, panel: Panel, serve: Callabl
     expect(page.locator("#serving")).to_contain_text("Fragile one")
     wait_for("fragile serves", lambda: panel.serving() == ["fragile"])
     # The page was redrawn around it: the keyboard must not have been thrown back to the top.
-    assert page.evaluate("document.activeElement !== document.body"), "the focus was lost when the page was redrawn"
+    expect(page.locator(f"#{wanted}")).to_have_text("serves now")
+    expect(page.locator(":focus"), "the focus was lost when the page was redrawn").to_have_count(1)
 
 
 def test_keys_are_listed_and_lead_somewhere(visit: Visitor) -> None:
@@ -162,9 +163,9 @@ def test_keys_are_listed_and_lead_somewhere(visit: Visitor) -> None:
     expect(page.locator("#keys")).to_be_hidden()
     page.keyboard.press("g")
     page.keyboard.press("j")
-    expect(page).to_have_url(re.compile("/jobs/$"))
+    page.wait_for_url(re.compile("/jobs/$"))  # and until the page listens to keys
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.closest('form') !== null")
+    expect(page.locator("form :focus")).to_have_count(1)
 
 
 def test_without_javascript_one_signs_in_switches_and_reads_the_job(
@@ -177,6 +178,7 @@ def test_without_javascript_one_signs_in_switches_and_reads_the_job(
     page.get_by_role("button", name="Switch to Slow one").click()
     expect(page.locator("#serving")).to_contain_text("Slow one")
     page.locator("#serving").get_by_role("link", name="Follow").click()
+    page.wait_for_url(re.compile(r"/jobs/\d+/$"))
     expect(page.get_by_role("heading", level=1)).to_contain_text("Switch to Slow one")
 
     def succeeded() -> bool:

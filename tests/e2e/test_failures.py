@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 
@@ -45,6 +46,7 @@ def test_a_broken_profile_fails_and_the_old_one_returns(
     expect(failure.locator("pre")).to_contain_text("KV cache")
 
     failure.get_by_role("link", name="See the whole story").click()
+    page.wait_for_url(re.compile(r"/jobs/\d+/$"))
     expect(page.get_by_role("heading", level=1)).to_contain_text("failed", ignore_case=True)
     story = page.get_by_role("main")
     expect(story).to_contain_text("Bring the old model back")
@@ -63,6 +65,7 @@ def test_a_context_that_cannot_fit_is_told_and_refused_before_anything_is_stoppe
     page.goto("/profiles/mixtral-8x22b-tp4/edit/")
     page.get_by_label("Options").fill("max_model_len = 65536\ngpu_memory_utilization = 0.9")
     page.get_by_role("button", name="Save").click()
+    page.wait_for_url(re.compile("/profiles/mixtral-8x22b-tp4/$"))  # it is saved
     page.goto("/")
     row = page.locator("#switch-to tr", has_text="Mixtral 8x22B")
     expect(row).to_contain_text("does not fit")

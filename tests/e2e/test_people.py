@@ -62,7 +62,7 @@ def test_a_member_joins_by_link_and_sees_what_a_member_may(visit: Visitor, serve
     owner.get_by_label("Email").fill("dora@lab.example")
     owner.get_by_role("combobox", name="Role", exact=True).select_option("member")
     owner.get_by_role("button", name="Make a link").click()
-    link = owner.locator("[data-copy]").first.get_attribute("data-copy")
+    link = owner.get_by_role("button", name="Copy link").get_attribute("data-copy")
     assert link
 
     dora = visit(None)
@@ -77,7 +77,7 @@ def test_a_member_joins_by_link_and_sees_what_a_member_may(visit: Visitor, serve
     visit.forgive("^403 .*/settings/")
 
     owner.goto("/team/")
-    expect(owner.locator("table").first).to_contain_text("dora@lab.example")
+    expect(owner.get_by_role("region", name="People").get_by_role("table")).to_contain_text("dora@lab.example")
     spent = visit(None)
     spent.goto(link)
     expect(spent.get_by_role("heading", level=1)).to_contain_text("no longer works")
@@ -106,7 +106,8 @@ def test_a_key_made_on_the_page_streams_through_the_gateway(
     page.goto("/me/")
     page.get_by_label("Name of the new key").fill("laptop")
     page.get_by_role("button", name="Make a key").click()
-    page.get_by_role("button", name="Copy").first.click()
+    page.get_by_role("region", name="Your new key").get_by_role("button", name="Copy key").click()
+    expect(page.locator("#announcer")).to_have_text("Copied.")
     key = page.evaluate("navigator.clipboard.readText()")
     assert key.startswith("rp-")
     expect(page.locator("pre", has_text="curl")).to_contain_text(key)

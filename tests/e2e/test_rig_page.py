@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Callable
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from tests.e2e.conftest import Visitor
 from tests.panel import Panel, stream, wait_for
@@ -34,20 +34,25 @@ def test_four_cards_are_live_and_follow_the_load(visit: Visitor, panel: Panel, s
     cards = page.locator("article.gpu")
     expect(cards).to_have_count(4)
     expect(page.locator(".bridge")).to_have_count(2)
-    before = cards.locator("[data-f=power]").all_inner_texts()
+    power = cards.locator("[data-f=power]")
+    expect(power).to_have_text([re.compile(r"^\d+ / \d+ W$")] * 4)
+    before = power.all_inner_texts()
     body = {"model": "quick", "messages": [{"role": "user", "content": "Tell a story."}]}
     body |= {"max_tokens": 160, "ignore_eos": True}
     assert panel.gateway("/chat/completions", body).status == 200
-    assert all(re.fullmatch(r"\d+ / \d+ W", text) for text in before)
     # Ten seconds of work in one call: the cards must have been busy in the line that is drawn of the last minute.
     for index in range(4):
         card = cards.nth(index)
         expect(card.locator("[data-f=memory]")).to_contain_text("GiB")
-        expect(card.locator("[data-f=power]")).not_to_have_text(before[index])
-        path = card.locator("svg.spark path").get_attribute("d") or ""
-        heights = {float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)}
-        assert len(heights) > 1, f"GPU {index} was never busy: {path}"
+        expect(power.nth(index)).not_to_have_text(before[index])
+        wait_for(f"GPU {index} was busy", lambda card=card: len(heights(card)) > 1)  # type: ignore[misc]
     assert has_stayed(page)
+
+
+def heights(card: Locator) -> set[float]:
+    """Of the points of its line."""
+    path = card.locator("svg.spark path").get_attribute("d") or ""
+    return {float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)}
 
 
 def test_one_click_switches_and_the_page_follows_without_a_reload(
@@ -119,6 +124,7 @@ def test_a_running_switch_is_cancelled_from_its_page(
     page.goto("/")
     page.get_by_role("button", name="Switch to Slow one").click()
     page.locator("#serving").get_by_role("link", name="Follow").click()
+    page.wait_for_url(re.compile(r"/jobs/\d+/$"))
     stay(page)
     expect(page.locator("ol.steps")).to_contain_text("Load the model")
     page.get_by_role("button", name="Cancel").click()
