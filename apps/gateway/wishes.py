@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timedelta
 
 import structlog
@@ -43,6 +43,7 @@ class Wish:
 
     served_name: str
     user_id: int
+    _: KW_ONLY
     explicit: bool = False
     guest: str = ""
 
