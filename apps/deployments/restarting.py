@@ -6,6 +6,7 @@ one, and gives way to what a person asks for. It never takes a card from what ru
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from django.db import transaction
@@ -17,7 +18,15 @@ from apps.common.actors import PANEL
 from apps.common.realtime import page_changed
 from apps.deployments import routes
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
-from apps.deployments.models import COMES_BACK, Deployment, Desired, RestartPolicy
+from apps.deployments.models import (
+    COMES_BACK,
+    LIVE,
+    Deployment,
+    DeploymentEvent,
+    Desired,
+    RestartPolicy,
+    Status,
+)
 from apps.deployments.policies.decide import Asker
 from apps.deployments.policies.verdicts import switch_verdict
 from apps.deployments.switch import exclusion
@@ -90,18 +99,25 @@ def _hindered(deployment: Deployment) -> tuple[str, str]:
     """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
     rig = deployment.rig
     verdict = switch_verdict(deployment.version, rig, asker=Asker.RESTART, asker_pk=None)
-    if not verdict.taken_by or deployment.ended_at is None:
-        return verdict.why, ""
-    taken_by = Profile.objects.filter(pk__in=verdict.taken_by)
-    asked = Job.objects.filter(
-        kind="switch",
-        rig_name=rig.slug,
-        state=JobState.SUCCEEDED,
-        finished_at__gte=deployment.ended_at,
-        profile_slug__in=taken_by.values("slug"),
-    )
-    slugs = asked.exclude(data__has_key="restart_of").values("profile_slug")
-    return verdict.why, ", ".join(taken_by.filter(slug__in=slugs).values_list("name", flat=True))
+    return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by)) if verdict.taken_by else ""
+
+
+def _asked_for_since(deployment: Deployment, profiles: Collection[int]) -> list[str]:
+    """Names of those among ``profiles`` (ids) that came up after it had died, and not by a restart of theirs."""
+    events = DeploymentEvent.objects.order_by("-pk")
+    died = events.filter(deployment=deployment, to_status=Status.FAILED).first()
+    if died is None:
+        return []
+    # After it by the order of the rows: the clock may have been set in between.
+    came_up = events.filter(pk__gt=died.pk, from_status__in=(Status.LOADING, Status.SLEEPING), to_status=Status.READY)
+    there = Deployment.objects.filter(status__in=LIVE, pk__in=came_up.values("deployment"))
+    names = []
+    for other in there.filter(version__profile__in=profiles).select_related("version__profile"):
+        switches = Job.objects.filter(kind="switch", deployment_id=other.pk, state=JobState.SUCCEEDED)
+        last = switches.order_by("-pk").first()
+        if last is not None and "restart_of" not in last.data:
+            names.append(other.profile_name)
+    return names
 
 
 def _last_ended(deployment: Deployment) -> datetime | None:

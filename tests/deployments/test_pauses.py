@@ -25,6 +25,7 @@ from apps.deployments.models import (
     WHOLE_CARD,
     CardPause,
     Deployment,
+    DeploymentEvent,
     Desired,
     GpuReservation,
     Status,
@@ -460,16 +461,28 @@ def test_an_older_version_that_sleeps_does_not_keep_the_newer_one_from_its_resta
     assert PLANNED in begun(its_restart()).summary
 
 
+def event(deployment: Deployment, before: Status, after: Status) -> None:
+    DeploymentEvent.objects.create(deployment=deployment, from_status=before, to_status=after)
+
+
+def came_up(deployment: Deployment) -> None:
+    event(deployment, Status.LOADING, Status.READY)
+
+
 def test_what_somebody_asked_for_since_in_its_place_ends_the_wish_and_says_so(quad: Any, olivia: Any) -> None:
     died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
-    profile = lies_on(quad, "others", 3).version.profile
+    others = lies_on(quad, "others", 3)
+    came_up(others)
+    event(died, Status.READY, Status.FAILED)
     job = Job.objects.create(
         kind="switch", title="Switch to Others", rig_name=quad.slug, queue="q", user_name="olivia",
-        state=JobState.SUCCEEDED, finished_at=timezone.now(), profile_slug=profile.slug,
+        state=JobState.SUCCEEDED, finished_at=timezone.now(), deployment_id=others.pk, data={"restart_of": 1},
     )  # fmt: skip
-    Job.objects.filter(pk=job.pk).update(finished_at=timezone.now() - timedelta(hours=1))
     assert looked(died).act == Act.WAIT  # it was there before
-    Job.objects.filter(pk=job.pk).update(finished_at=timezone.now())
+    came_up(others)
+    assert looked(died).act == Act.WAIT  # nobody asked for it: it was started again
+    # The clock has been set back in between.
+    Job.objects.filter(pk=job.pk).update(data={}, finished_at=timezone.now() - timedelta(hours=1))
     assert looked(died).act == Act.GIVE_UP
     died.refresh_from_db()
     assert died.desired == Desired.STOPPED
