@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ START_SECONDS = 400.0
 BEGAN = time.monotonic()
 
 
-def main() -> None:
+def run(drive: Callable[[Panel, Any], None], file_name: str) -> None:
+    """Start a panel and drive it; every fact becomes a line of OUT/``file_name``."""
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
-    file = (out / "panel.jsonl").open("a", buffering=1)
+    file = (out / file_name).open("a", buffering=1)
 
     def fact(kind: str, **values: Any) -> None:
         line = json.dumps({"t": round(time.monotonic() - BEGAN, 1), "kind": kind, **values}, default=str)
@@ -45,70 +47,81 @@ def main() -> None:
         panel.stop()
 
 
-def drive(panel: Panel, fact: Any) -> None:
-    fact("started")
+def cards(panel: Panel) -> list[dict[str, Any]]:
+    """The rig's cards, as soon as they are known, and vLLM with them."""
 
-    def card() -> Any:
+    def seen() -> Any:
         (rig,) = panel.get("/rigs")["items"]
-        return next(iter(panel.get(f"/rigs/{rig['slug']}")["gpus"]), None)
+        return panel.get(f"/rigs/{rig['slug']}")["gpus"]
 
-    gpu = wait_for("the card is known", card)
-    fact("card", **gpu)
+    found: list[dict[str, Any]] = wait_for("the cards are known", seen)
     wait_for(
         "vLLM is found", lambda: [i for i in panel.get("/installs")["items"] if i["engine"] == "vllm"], seconds=300
     )
+    return found
+
+
+def models(panel: Panel) -> dict[str, str]:
+    """Catalogue slugs of the two packed models by their folders' names."""
+    coder = "qwen2-5-coder-32b-instruct-awq"
+    changed = panel.api(f"/models/{coder}", {"checkpoint": str(MODELS / "coder-32b-awq")}, method="PATCH")
+    assert changed.status == 200, changed.text
+    made = panel.api(
+        "/models",
+        {
+            "slug": "qwen-seven",
+            "name": "Qwen 7B",
+            "checkpoint": str(MODELS / "qwen-7b-bf16"),
+            "weights_bytes": 15_231_233_024,
+            "layers": 28,
+            "hidden_size": 3584,
+            "attention_heads": 28,
+            "kv_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 18944,
+            "vocab_size": 152064,
+            "max_context_tokens": 32768,
+            "kv": {"kind": "gqa_full", "layers": 28, "kv_heads": 4, "head_dim": 128},
+        },
+    )
+    assert made.status == 201, made.text
+    return {"coder-32b-awq": coder, "qwen-7b-bf16": "qwen-seven"}
+
+
+def add_profile(panel: Panel, fact: Any, slug: str, model: str, options: dict[str, Any], **layout: int) -> None:
+    """One with the memory of a 24 GB card on each of its cards; its plan is told."""
+    total = cards(panel)[0]["memory_total_bytes"]
+    body = {
+        "slug": slug,
+        "name": slug,
+        "model": model,
+        "engine": "vllm",
+        "served_name": slug,
+        "options": {
+            "load_format": "dummy",
+            "gpu_memory_utilization": round(BUDGET_GIB * GIB / total, 4),
+            "max_model_len": 8192,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 2048,
+            **options,
+        },
+        **layout,
+    }
+    made = panel.api("/profiles", body)
+    assert made.status == 201, made.text
+    plan = panel.get(f"/profiles/{slug}/plan")
+    fact("plan", slug=slug, problems=plan["problems"], warnings=plan.get("warnings"), lines=plan["command_lines"])
+
+
+def drive(panel: Panel, fact: Any) -> None:
+    fact("started")
+    fact("cards", items=cards(panel))
     fact("installs", items=panel.get("/installs")["items"])
-    for slug, folder, model in (
-        ("coder", "coder-32b-awq", "qwen2-5-coder-32b-instruct-awq"),
-        ("seven", "qwen-7b-bf16", None),
-    ):
-        if model is None:
-            model = "qwen-seven"
-            made = panel.api(
-                "/models",
-                {
-                    "slug": model,
-                    "name": "Qwen 7B",
-                    "checkpoint": str(MODELS / folder),
-                    "weights_bytes": 15_231_233_024,
-                    "layers": 28,
-                    "hidden_size": 3584,
-                    "attention_heads": 28,
-                    "kv_heads": 4,
-                    "head_dim": 128,
-                    "intermediate_size": 18944,
-                    "vocab_size": 152064,
-                    "max_context_tokens": 32768,
-                    "kv": {"kind": "gqa_full", "layers": 28, "kv_heads": 4, "head_dim": 128},
-                },
-            )
-            assert made.status == 201, made.text
-        else:
-            changed = panel.api(f"/models/{model}", {"checkpoint": str(MODELS / folder)}, method="PATCH")
-            assert changed.status == 200, changed.text
-        profile = {
-            "slug": slug,
-            "name": slug,
-            "model": model,
-            "engine": "vllm",
-            "served_name": slug,
-            "options": {
-                "load_format": "dummy",
-                "gpu_memory_utilization": round(BUDGET_GIB * GIB / gpu["memory_total_bytes"], 4),
-                "max_model_len": 8192,
-                "max_num_seqs": 32,
-                "max_num_batched_tokens": 2048,
-                "enforce_eager": True,
-                "enable_sleep_mode": True,
-            },
-        }
-        made = panel.api("/profiles", profile)
-        assert made.status == 201, made.text
-        plan = panel.get(f"/profiles/{slug}/plan")
-        fact("plan", slug=slug, problems=plan["problems"], forecast=plan.get("forecast"), lines=plan["command_lines"])
+    catalogue = models(panel)
+    for slug, folder in (("coder", "coder-32b-awq"), ("seven", "qwen-7b-bf16")):
+        add_profile(panel, fact, slug, catalogue[folder], {"enforce_eager": True, "enable_sleep_mode": True})
         told(panel, fact, panel.finished(panel.switch(slug), seconds=START_SECONDS))
-        for deployment in panel.live():
-            fact("deployment", **{k: deployment.get(k) for k in ("profile", "status", "boot", "sleep")})
+        deployments(panel, fact)
     for turn in range(8):
         target = ("coder", "seven")[turn % 2]
         clicked = time.monotonic()
@@ -134,6 +147,11 @@ def first_token(panel: Panel, name: str) -> float:
         time.sleep(0.005)
 
 
+def deployments(panel: Panel, fact: Any) -> None:
+    for deployment in panel.live():
+        fact("deployment", **{k: deployment.get(k) for k in ("profile", "status", "boot", "sleep")})
+
+
 def told(panel: Panel, fact: Any, job: dict[str, Any]) -> None:
     fact("job", id=job["id"], state=job["state"], result=job["result"], steps=job["steps"])
     if job["state"] != "succeeded":
@@ -142,4 +160,4 @@ def told(panel: Panel, fact: Any, job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(drive, "panel.jsonl")
