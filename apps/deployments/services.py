@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from django.db import transaction
@@ -11,7 +12,8 @@ from apps.common.actors import Actor
 from apps.common.errors import Conflict, NotAllowed
 from apps.common.roles import Role
 from apps.deployments import routes
-from apps.deployments.models import COMING_UP, LIVE, SERVING, Deployment, Desired, RestartPolicy, Status
+from apps.deployments.launching import observe
+from apps.deployments.models import COMING_UP, LIVE, SERVING, Deployment, Desired, Replica, RestartPolicy, Status
 from apps.deployments.policies.decide import Asker, role_allows
 from apps.deployments.policies.verdicts import enforce, stop_verdict, switch_verdict
 from apps.deployments.restarting import REPLICA_RESTART
@@ -30,6 +32,7 @@ __all__ = [
     "gateway_seen",
     "may_switch",
     "restart_policy_set",
+    "running_under_other_names",
     "stop_everything",
     "stop_request",
     "switch_request",
@@ -246,3 +249,11 @@ def stop_everything(actor: Actor) -> list[str]:
         told.append(f"{deployment.profile_name}: {stop_now(deployment, f'taken down by {actor.name}')}")
         record(actor, "deployment.stop", "deployment", deployment.pk, str(deployment), {"why": "taken down"})
     return told
+
+
+def running_under_other_names() -> Mapping[str, int]:
+    """How many deployments this machine runs for rigs of other names: it was called so when they were started."""
+    others = Replica.objects.filter(deployment__status__in=LIVE, released_at=None).exclude(deployment__rig=rig_here())
+    # Nothing is found here of what another machine runs.
+    here = [replica.deployment for replica in others.select_related("deployment__rig") if observe(replica).pids]
+    return Counter(deployment.rig.slug for deployment in set(here))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,24 @@ class Command(BaseCommand):
         ended += end_processes([n for n in process_names() if n != "supervisor"])
         print("rigpanel: the panel is stopped." if ended else "rigpanel: the panel was not running.")
         try:
-            engines = self.stop_engines()
+            engines, left = self.stop_engines()
         except (DatabaseError, ApplicationError) as error:
             print(f"rigpanel: the engines could not be stopped: {str(error).splitlines()[0]}", file=sys.stderr)
             sys.exit(1)
         if engines:
             print(f"rigpanel: {engines} engine{'s' if engines > 1 else ''} stopped.")
+        for rig, count in left.items():
+            told = f"{count} engine{'s' if count > 1 else ''} of rig {rig!r} still run{'s' if count == 1 else ''} here"
+            print(f"rigpanel: {told}; RIGPANEL_RIG={rig} make down stops {'them' if count > 1 else 'it'}.")
 
-    def stop_engines(self) -> int:
+    def stop_engines(self) -> tuple[int, Mapping[str, int]]:
+        """How many were stopped, and how many run on by the names of other rigs."""
         from django.db import connection
 
         if connection.vendor == "sqlite" and not Path(connection.settings_dict["NAME"]).exists():
-            return 0  # nothing was ever started here
-        from apps.deployments.services import stop_everything
+            return 0, {}  # nothing was ever started here
+        from apps.deployments.services import running_under_other_names, stop_everything
 
         # The store is down by now: that no page can be told is no news.
         logging.disable(logging.WARNING)
-        return len(stop_everything(actor=COMMAND_LINE) or [])
+        return len(stop_everything(actor=COMMAND_LINE)), running_under_other_names()
