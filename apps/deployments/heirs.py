@@ -6,7 +6,9 @@ or cancelled in its turn. So the debt is read from the whole chain, never copied
 
 from __future__ import annotations
 
-from apps.jobs.models import Job
+from django.db.models import QuerySet
+
+from apps.jobs.models import Job, JobState
 
 
 def owed(job: Job) -> list[int]:
@@ -17,7 +19,7 @@ def owed(job: Job) -> list[int]:
 
 def inherited(job: Job) -> list[int]:
     """Version ids that superseded switches stopped and left to this one."""
-    return list(dict.fromkeys(v for earlier in job.supersedes.order_by("pk") for v in owed(earlier)))
+    return list(dict.fromkeys(v for earlier in _given_up_for(job) for v in owed(earlier)))
 
 
 def to_return(job: Job) -> list[int]:
@@ -31,8 +33,13 @@ def restart_of(job: Job) -> int | None:
     """The deployment that had died, of a restart and of a switch to the same version that took a restart's place."""
     if "restart_of" in job.data:
         return int(job.data["restart_of"])
-    same = (earlier for earlier in job.supersedes.all() if earlier.params.get("version_id") == job.params["version_id"])
+    same = (one for one in _given_up_for(job) if one.params.get("version_id") == job.params["version_id"])
     return next((died for earlier in same if (died := restart_of(earlier)) is not None), None)
+
+
+def _given_up_for(job: Job) -> QuerySet[Job]:
+    """The jobs that it superseded. One that came to its end all the same has done what was asked, and owes nothing."""
+    return job.supersedes.exclude(state=JobState.SUCCEEDED).order_by("pk")
 
 
 def heir(job: Job) -> Job | None:

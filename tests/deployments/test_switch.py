@@ -19,7 +19,7 @@ from apps.common.actors import actor_of
 from apps.common.errors import Conflict
 from apps.common.identity import process_key
 from apps.deployments import launching, routes
-from apps.deployments.models import LIVE, Deployment, GpuReservation, RestartPolicy, Route, Status
+from apps.deployments.models import COMES_BACK, LIVE, Deployment, GpuReservation, RestartPolicy, Route, Status
 from apps.deployments.reconcile import reconcile
 from apps.deployments.routes import route_table
 from apps.deployments.services import cut_request, stop_request, switch_request
@@ -176,6 +176,19 @@ def test_a_superseding_switch_that_fails_brings_back_what_served_at_first(sim_ri
     assert run(broken).state == JobState.FAILED
     assert serving() == ["old"]
     assert [(r.served_name, r.state) for r in Route.objects.all()] == [("old", "open")]
+
+
+def test_what_a_switch_replaced_that_succeeded_while_it_was_superseded_is_owed_to_nobody(
+    sim_rig: Any, alice: Any
+) -> None:
+    run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
+    done = run(switch_request(profile=simulated_profile("new"), actor=actor_of(alice)))
+    assert done.state == JobState.SUCCEEDED
+    broken = switch_request(profile=simulated_profile("broken", fail_phase="weights"), actor=actor_of(alice))
+    Job.objects.filter(pk=done.pk).update(superseded_by=broken)  # the click came while its last step ran
+    assert "Brought back New." in run(broken).summary
+    assert serving() == ["new"]
+    assert not Deployment.objects.filter(COMES_BACK).exists()
 
 
 def test_cancelling_while_it_loads_brings_the_old_model_back(sim_rig: Any, alice: Any) -> None:
