@@ -13,6 +13,7 @@ from apps.deployments.models import COMING_UP, LIVE, SERVING, Deployment, Desire
 from apps.deployments.plan import plan
 from apps.deployments.smoke import smoke
 from apps.deployments.status import deployment_transition
+from apps.deployments.stop import stop_now
 from apps.deployments.switch_forward import (
     open_traffic,
     replaced_by,
@@ -159,7 +160,7 @@ def _return_version(ctx: JobContext, version: ProfileVersion, rig: Rig) -> None:
         _give_back_up(deployment, why_not.message, {})
         raise why_not
     if asleep is not None and asleep.status == Status.SLEEPING:
-        _end(asleep, "a card of it pauses, and it is started on others")
+        stop_now(asleep, "a card of it pauses, and it is started on others")
     wait_for_memory(the_plan.replica_gpus, ctx.sleep)
     try:
         start_deployment(deployment, the_plan)
@@ -187,20 +188,13 @@ def _woken_again(ctx: JobContext, asleep: Deployment) -> bool:
         smoke(asleep, ctx.sleep)
     except (sleeping.SleepFailed, JobFailed) as failed:
         ctx.log(f"{asleep.profile_name} did not wake ({failed}); it is stopped and started cold.")
-        _end(asleep, "it did not wake up")
+        stop_now(asleep, "it did not wake up")
         return False
     except JobCancelled:
         _give_back_up(asleep, "its return was cancelled")
         raise
     open_traffic(asleep)
     return True
-
-
-def _end(asleep: Deployment, why: str) -> None:
-    Deployment.objects.filter(pk=asleep.pk).update(desired=Desired.STOPPED)  # the cold one takes its place
-    deployment_transition(asleep, Status.STOPPING, why)
-    launching.stop_processes(asleep)
-    deployment_transition(asleep, Status.STOPPED, why)
 
 
 def _returning(ctx: JobContext, version: ProfileVersion, rig: Rig) -> Deployment:
