@@ -20,7 +20,6 @@ from apps.deployments import routes
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
 from apps.deployments.models import (
     COMES_BACK,
-    LIVE,
     Deployment,
     DeploymentEvent,
     Desired,
@@ -103,21 +102,23 @@ def _hindered(deployment: Deployment) -> tuple[str, str]:
 
 
 def _asked_for_since(deployment: Deployment, profiles: Collection[int]) -> list[str]:
-    """Names of those among ``profiles`` (ids) that came up after it had died, and not by a restart of theirs."""
+    """Names of those among ``profiles`` (ids, all of them live) that came up after it had died, and not only by a
+    restart of theirs."""
     events = DeploymentEvent.objects.order_by("-pk")
     died = events.filter(deployment=deployment, to_status=Status.FAILED).first()
     if died is None:
         return []
     # After it by the order of the rows: the clock may have been set in between.
     came_up = events.filter(pk__gt=died.pk, from_status__in=(Status.LOADING, Status.SLEEPING), to_status=Status.READY)
-    there = Deployment.objects.filter(status__in=LIVE, pk__in=came_up.values("deployment"))
-    names = []
-    for other in there.filter(version__profile__in=profiles).select_related("version__profile"):
+    # Those that have ended count too: what was asked for since may have died in its turn and run again as a restart.
+    since = Deployment.objects.filter(pk__in=came_up.values("deployment"), version__profile__in=profiles)
+    names = set()
+    for other in since.select_related("version__profile"):
         switches = Job.objects.filter(kind="switch", deployment_id=other.pk, state=JobState.SUCCEEDED)
         last = switches.order_by("-pk").first()
         if last is not None and "restart_of" not in last.data:
-            names.append(other.profile_name)
-    return names
+            names.add(other.profile_name)
+    return sorted(names)
 
 
 def _last_ended(deployment: Deployment) -> datetime | None:

@@ -489,6 +489,24 @@ def test_what_somebody_asked_for_since_in_its_place_ends_the_wish_and_says_so(qu
     assert died.status_reason == "Its engine died. Others was asked for since and runs in its place."
 
 
+def test_what_was_asked_for_since_and_was_started_again_itself_ends_the_wish_too(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    event(died, Status.READY, Status.FAILED)
+    asked = lies_on(quad, "others", 3)
+    again = Deployment.objects.create(rig=quad, version=asked.version, served_name="others", status=Status.READY)
+    for deployment, data in ((asked, {}), (again, {"restart_of": asked.pk})):
+        came_up(deployment)
+        Job.objects.create(
+            kind="switch", title="Switch to Others", rig_name=quad.slug, queue="q", user_name="olivia",
+            state=JobState.SUCCEEDED, finished_at=timezone.now(), deployment_id=deployment.pk, data=data,
+        )  # fmt: skip
+    Deployment.objects.filter(pk=asked.pk).update(status=Status.FAILED, desired=Desired.STOPPED)
+    GpuReservation.objects.filter(replica__deployment=asked).update(replica=again.replicas.create(index=0, port=1))
+    assert looked(died).act == Act.GIVE_UP
+    died.refresh_from_db()
+    assert (died.desired, again.status) == (Desired.STOPPED, Status.READY)
+
+
 def test_a_restart_that_cannot_be_planned_is_tried_again_within_its_budget(quad: Any) -> None:
     died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
     quad.gpus.filter(index=3).update(present=False)
