@@ -20,9 +20,12 @@ from apps.deployments import routes
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
 from apps.deployments.models import (
     COMES_BACK,
+    CPU_SLOT,
+    WHOLE_CARD,
     Deployment,
     DeploymentEvent,
     Desired,
+    GpuReservation,
     RestartPolicy,
     Status,
 )
@@ -96,13 +99,26 @@ def coming_back(deployment: Deployment) -> str:
 
 def _hindered(deployment: Deployment) -> tuple[str, str]:
     """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
-    rig = deployment.rig
-    verdict = switch_verdict(deployment.version, rig, asker=Asker.RESTART, asker_pk=None)
-    return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by)) if verdict.taken_by else ""
+    verdict = switch_verdict(deployment.version, deployment.rig, asker=Asker.RESTART, asker_pk=None)
+    if verdict.taken_by:
+        return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by))
+    if not verdict.why and (first := _asked_for_since(deployment, _come_back_to_its_cards(deployment))):
+        return f"{', '.join(first)} was asked for since and is started again first", ""
+    return verdict.why, ""
+
+
+def _come_back_to_its_cards(deployment: Deployment) -> Collection[int]:
+    """The profiles (ids) of what has died like it, comes back too, and ran on a card that it ran on."""
+    ran = GpuReservation.objects.filter(rig=deployment.rig, slot__in=(WHOLE_CARD, CPU_SLOT))
+    cards = set(ran.filter(replica__deployment=deployment).values_list("gpu", "slot"))
+    others = Deployment.objects.filter(COMES_BACK, rig=deployment.rig).exclude(pk=deployment.pk)
+    theirs = ran.filter(replica__deployment__in=others)
+    found = theirs.values_list("replica__deployment__version__profile", "gpu", "slot")
+    return {profile for profile, *card in found if tuple(card) in cards}
 
 
 def _asked_for_since(deployment: Deployment, profiles: Collection[int]) -> list[str]:
-    """Names of those among ``profiles`` (ids, all of them live) that came up after it had died, and not only by a
+    """Names of those among ``profiles`` (ids) that came up after it had died, and not only by a
     restart of theirs."""
     events = DeploymentEvent.objects.order_by("-pk")
     died = events.filter(deployment=deployment, to_status=Status.FAILED).first()
