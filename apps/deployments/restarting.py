@@ -13,19 +13,14 @@ from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from apps.audit.services import record
 from apps.common.actors import PANEL
-from apps.common.realtime import page_changed
 from apps.deployments import routes
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
+from apps.deployments.giving_up import claim, give_up
 from apps.deployments.models import (
-    COMES_BACK,
-    CPU_SLOT,
-    WHOLE_CARD,
     Deployment,
     DeploymentEvent,
     Desired,
-    GpuReservation,
     RestartPolicy,
     Status,
 )
@@ -78,8 +73,10 @@ def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
     if decision.act == Act.RESTART:
         _restart(deployment, decision)
         return decision
-    if decision.act in (Act.GIVE_UP, Act.DROP):
-        _let_go(deployment, decision)
+    if decision.act == Act.GIVE_UP:
+        give_up(deployment, decision.why)
+    elif decision.act == Act.DROP:
+        claim(deployment)
     # While another job moves engines it is left alone, and its own time comes after. Nobody waits for a card to cool or
     # for another model to go.
     if deployment.desired == Desired.SERVING and (decision.act == Act.LEAVE or decision.at is not None):
@@ -99,26 +96,13 @@ def coming_back(deployment: Deployment) -> str:
 
 def _hindered(deployment: Deployment) -> tuple[str, str]:
     """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
-    verdict = switch_verdict(deployment.version, deployment.rig, asker=Asker.RESTART, asker_pk=None)
-    if verdict.taken_by:
-        return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by))
-    if not verdict.why and (first := _asked_for_since(deployment, _come_back_to_its_cards(deployment))):
-        return f"{', '.join(first)} was asked for since and is started again first", ""
-    return verdict.why, ""
-
-
-def _come_back_to_its_cards(deployment: Deployment) -> Collection[int]:
-    """The profiles (ids) of what has died like it, comes back too, and ran on a card that it ran on."""
-    ran = GpuReservation.objects.filter(rig=deployment.rig, slot__in=(WHOLE_CARD, CPU_SLOT))
-    cards = set(ran.filter(replica__deployment=deployment).values_list("gpu", "slot"))
-    others = Deployment.objects.filter(COMES_BACK, rig=deployment.rig).exclude(pk=deployment.pk)
-    theirs = ran.filter(replica__deployment__in=others)
-    found = theirs.values_list("replica__deployment__version__profile", "gpu", "slot")
-    return {profile for profile, *card in found if tuple(card) in cards}
+    rig = deployment.rig
+    verdict = switch_verdict(deployment.version, rig, asker=Asker.RESTART, asker_pk=None)
+    return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by)) if verdict.taken_by else ""
 
 
 def _asked_for_since(deployment: Deployment, profiles: Collection[int]) -> list[str]:
-    """Names of those among ``profiles`` (ids) that came up after it had died, and not only by a
+    """Names of those among ``profiles`` (ids, all of them live) that came up after it had died, and not only by a
     restart of theirs."""
     events = DeploymentEvent.objects.order_by("-pk")
     died = events.filter(deployment=deployment, to_status=Status.FAILED).first()
@@ -144,17 +128,11 @@ def _last_ended(deployment: Deployment) -> datetime | None:
     return max((at for at in found if at is not None), default=None)
 
 
-def _claim(deployment: Deployment, **values: object) -> bool:
-    """Of two ticks at once one acts: the wish that the failed row carried goes over to what comes of it, and back where
-    nothing does (``switch_back``)."""
-    won = Deployment.objects.filter(COMES_BACK, pk=deployment.pk).update(desired=Desired.STOPPED, **values)
-    return won == 1
-
-
 def _restart(deployment: Deployment, decision: Decision) -> None:
     version = deployment.version
     with transaction.atomic():
-        if not _claim(deployment):
+        # The wish goes over to what comes of it, and back where nothing does (``switch_back``).
+        if not claim(deployment):
             return
         job = job_create(
             kind="switch",
@@ -178,14 +156,3 @@ def _ready_at(deployment: Deployment, begins_at: datetime | None) -> datetime | 
     """When it serves again if it begins then: what its loads took here before; None where nobody can say."""
     takes = typical_seconds("switch", deployment.version.profile.slug, deployment.rig.slug)
     return None if begins_at is None or takes is None else begins_at + timedelta(seconds=takes)
-
-
-def _let_go(deployment: Deployment, decision: Decision) -> None:
-    with transaction.atomic():
-        if decision.act == Act.DROP:
-            _claim(deployment)
-            return
-        reason = f"{deployment.status_reason} {decision.why}"[:500]
-        if _claim(deployment, status_reason=reason):
-            record(PANEL, "deployment.given_up", "deployment", deployment.pk, str(deployment), {"why": decision.why})
-            page_changed("deployment", deployment=deployment.pk)

@@ -12,6 +12,7 @@ from apps.common.units import seconds
 from apps.deployments import boots, launching, probing, routes, sleeping, switch_sleep
 from apps.deployments.draining import DRAIN_SECONDS, drain
 from apps.deployments.equipment import engine_install, engine_label
+from apps.deployments.giving_up import give_up_for
 from apps.deployments.load_times import LoadClock
 from apps.deployments.memory import wait_for_memory
 from apps.deployments.models import SERVING, Deployment, Desired, Replica, Status
@@ -274,10 +275,14 @@ def route_step(ctx: JobContext) -> str:
     if nothing_to_do(ctx):
         routes.release(ctx.job.pk)  # holds that a superseded switch left to this one
         return "traffic goes there already"
-    epoch = open_traffic(target_of(ctx))
+    target = target_of(ctx)
+    epoch = open_traffic(target)
     routes.release(ctx.job.pk)
+    if "restart_of" not in ctx.job.data:
+        for name in give_up_for(target, alone=bool(ctx.job.params.get("exclusive"))):
+            ctx.log(f"{name}, which had died, is not started again.")
     routes.wait_acknowledged(epoch, ctx.sleep)
-    return f"requests for {target_of(ctx).served_name} go to it"
+    return f"requests for {target.served_name} go to it"
 
 
 def open_traffic(deployment: Deployment) -> int:

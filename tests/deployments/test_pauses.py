@@ -507,28 +507,6 @@ def test_what_was_asked_for_since_and_was_started_again_itself_ends_the_wish_too
     assert (died.desired, again.status) == (Desired.STOPPED, Status.READY)
 
 
-@pytest.mark.parametrize(("card", "first"), [(3, True), (2, False)])
-def test_of_two_that_died_the_one_asked_for_last_comes_back_first(quad: Any, card: int, first: bool) -> None:
-    died = wanted(lies_on(quad, "coder", 0, 1, 3))
-    event(died, Status.READY, Status.FAILED)
-    later = lies_on(quad, "others", card)
-    came_up(later)
-    Job.objects.create(
-        kind="switch", title="Switch to Others", rig_name=quad.slug, queue="q", user_name="olivia",
-        state=JobState.SUCCEEDED, finished_at=timezone.now(), deployment_id=later.pk,
-    )  # fmt: skip
-    wanted(later)
-    event(later, Status.READY, Status.FAILED)
-    if not first:  # they are not in each other's way
-        assert looked(died).act == Act.RESTART
-        return
-    assert looked(died).why == "restart 1 of 3 waits: Others was asked for since and is started again first"
-    assert looked(later).act == Act.RESTART
-    assert its_restart().profile_slug == "others"
-    Job.objects.all().delete()  # nothing came of it, and nobody wants it back
-    assert looked(died).act == Act.RESTART
-
-
 def test_a_restart_that_cannot_be_planned_is_tried_again_within_its_budget(quad: Any) -> None:
     died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
     quad.gpus.filter(index=3).update(present=False)

@@ -353,6 +353,40 @@ def test_what_is_asked_for_while_it_waits_for_its_restart_ends_the_wait(coder: P
     assert not Job.objects.filter(state__in=LIVE_STATES).exists()
 
 
+@pytest.mark.parametrize(("tp", "alone"), [(4, False), (2, True)])
+def test_what_was_asked_for_in_its_place_or_alone_ends_the_wish_though_it_is_gone_by_the_next_look(
+    coder: Profile, alice: Any, tp: int, alone: bool
+) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    assert run(queued_restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    died = Deployment.objects.get(status=Status.FAILED, desired="serving")
+    assert waits() == [("coder", "held", None)]
+    job = run(switch_request(profile=simulated_profile("other", tp=tp), actor=actor_of(alice), exclusive=alone))
+    assert "Coder, which had died, is not started again." in [line.text for line in job.log_lines.all()]
+    assert waits() == [("other", "open", None)]
+    run(stop_request(deployment=Deployment.objects.get(status=Status.READY), actor=actor_of(alice)))
+    RestartPolicy.objects.update(backoff_seconds=0)
+    reconcile()
+    assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+    died.refresh_from_db()
+    how = "is to run alone" if alone else "runs in its place"
+    assert died.status_reason.endswith(f"Other was asked for since and {how}.")
+
+
+def test_what_is_asked_for_beside_it_leaves_it_its_wish(coder: Profile, alice: Any) -> None:
+    RestartPolicy.objects.update(backoff_seconds=1000)
+    assert run(queued_restart()).state == JobState.SUCCEEDED
+    kill_engine()
+    reconcile()
+    run(switch_request(profile=simulated_profile("other", tp=2), actor=actor_of(alice)))
+    RestartPolicy.objects.update(backoff_seconds=0)
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    assert serving() == ["coder", "other"]
+
+
 def test_a_cancelled_restart_is_not_tried_again(coder: Profile, alice: Any) -> None:
     kill_engine()
     reconcile()
