@@ -40,6 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if folder in PLAIN_FOLDERS and not _touches_the_store(item):
             item.add_marker("plain")
     yield
+    if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):
+        raise pytest.UsageError(
+            "pytest-xdist does not keep the tests of a group together with this pytest: every worker would start all "
+            "of the panels. Run `make setup-dev`, which installs versions that go together."
+        )
     items.sort(key=_rank)
 
 
