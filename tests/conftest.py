@@ -17,7 +17,7 @@ settings.load_profile("any machine")
 
 
 # The tests of a group keep to one worker, which so starts their panel once. A group is a file, but for those that share
-# a panel over several. The longest begin first: two workers then end at about the same time.
+# a panel over several. The longest begin first: the workers then end at about the same time.
 LONGEST_FIRST = ("real-panel", "tests/chaos/test_chaos.py", "e2e", "vllm-panel", "tests/real/test_ray_serve.py")
 PLAIN_FOLDERS = ("contracts", "engines", "hardware", "profiles", "runners")
 
