@@ -14,12 +14,13 @@ up: setup ## start the panel and stay in front; Ctrl-C stops it, engines go on
 down: setup ## stop the panel and every engine
 	@exec $(RUN) manage.py down
 
-# Three on two cores: one test waits for a panel or an engine while two compute. Which keep to one worker: tests/conftest.py.
+# One test waits for a panel or an engine while another computes; a third worker starves real engines of the seconds that
+# they have (30 s of draining). Which keep to one worker: tests/conftest.py.
 test: setup-dev ## the whole test suite; ARGS="tests/jobs -x" for a part of it
 ifdef ARGS
 	@exec $(RUN) -m pytest $(ARGS)
 else
-	@exec $(RUN) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	@exec $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 endif
 
 nightly: setup-dev engines ## the tests that take minutes and gigabytes: installing vLLM, vLLM under Ray Serve, Open WebUI
