@@ -14,13 +14,16 @@ up: setup ## start the panel and stay in front; Ctrl-C stops it, engines go on
 down: setup ## stop the panel and every engine
 	@exec $(RUN) manage.py down
 
-# One test waits for a panel or an engine while another computes; a third worker starves real engines of the seconds that
-# they have (30 s of draining). Which keep to one worker: tests/conftest.py.
+# First what drives engines, browsers and whole panels, where one test waits while another computes; a third worker would
+# starve real engines of the seconds that they have (30 s of draining). Then the rest. Which keep to one worker:
+# tests/conftest.py.
+PYTEST := $(RUN) -m pytest --dist loadgroup --no-loadscope-reorder
+WHOLE := real or e2e or processes
 test: setup-dev ## the whole test suite; ARGS="tests/jobs -x" for a part of it
 ifdef ARGS
 	@exec $(RUN) -m pytest $(ARGS)
 else
-	@exec $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@failed=0; $(PYTEST) -n 2 -m "$(WHOLE)" || failed=1; $(PYTEST) -n 3 -m "not ($(WHOLE))" || failed=1; exit $$failed
 endif
 
 nightly: setup-dev engines ## the tests that take minutes and gigabytes: installing vLLM, vLLM under Ray Serve, Open WebUI
