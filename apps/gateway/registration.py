@@ -110,10 +110,12 @@ class Registration:
                 self._keys.apply(epochs[KEYS_EPOCH], await self._reader.run(keys_load))
             self._keys.confirmed_at = began
             changed = self._routes.epoch != epochs[ROUTES_EPOCH]
+            table = await self._reader.run(route_table) if changed else None
+            # After the table: whoever sees an epoch applied also finds the profiles that were there when it began.
             if changed or began - self._menu_at > self._limits.menu_s:
                 await self._read_menu(began)
-            if changed:
-                self._routes.apply(await self._reader.run(route_table))
+            if table is not None:
+                self._routes.apply(table)
                 self._applied.set()
             self._routes.confirmed_at = began
         except Exception as error:

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import pytest
+from django.db import transaction
 
 from apps.accounts.services import key_create
 from apps.audit.models import AuditEntry
@@ -14,8 +15,10 @@ from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Conflict, Invalid, NotFound
 from apps.deployments import routes
 from apps.deployments.models import Status
+from apps.gateway import registration
 from apps.gateway.aliases import alias_delete, alias_get, alias_set
 from apps.gateway.listing import changes
+from apps.profiles.models import Profile
 from tests.factories.profiles import simulated_profile
 from tests.gateway.conftest import GatewayProcess, House
 from tests.gateway.helpers import chat, until
@@ -50,6 +53,28 @@ def test_models_say_whether_they_are_loaded(house: House, gateway: GatewayProces
     served = {"coder": "loaded", "comes": "loading", "sleeper": "sleeping"}
     assert states(gateway, bobs_key) == {**served, "marked": "unloaded"}
     assert states(gateway, alices)["unmarked"] == "unloaded"  # an owner may switch to anything
+
+
+def test_an_applied_epoch_comes_with_the_profiles_of_its_time(
+    house: House, within: Any, bobs_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late() -> Any:
+        return Profile.objects.filter(slug="late")
+
+    def table_after_a_change() -> routes.RouteTable:
+        """In the middle of a look a profile comes, and the next epoch with it."""
+        with transaction.atomic():
+            if not late().exists():
+                simulated_profile("late", members_may_switch=True)
+                routes.routes_changed()
+        return routes.route_table()
+
+    gateway = within(menu_s=3600.0)  # only a change of routes makes it look at profiles
+    monkeypatch.setattr(registration, "route_table", table_after_a_change)
+    routes.routes_changed()
+    until(late().exists, "the gateway did not look")
+    house.applied(gateway)
+    assert states(gateway, bobs_key)["late"] == "unloaded"
 
 
 def test_an_alias_stays_while_its_model_changes(house: House, gateway: GatewayProcess, bobs_key: str) -> None:
