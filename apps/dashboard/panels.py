@@ -14,7 +14,7 @@ from django.utils import timezone
 from apps.common.access import role_of
 from apps.common.roles import Role
 from apps.common.units import thousands
-from apps.deployments.equipment import lacking
+from apps.deployments.lacks import lacking
 from apps.deployments.models import COMING_UP, SERVING, Deployment, Status
 from apps.deployments.policies.models import Pin, SwitchRequest
 from apps.deployments.policies.selectors import pins_in_force, requests_waiting

@@ -19,10 +19,9 @@ from apps.deployments.equipment import (
     engine_label,
     gguf_of,
     missing,
-    model_source,
-    runs_simulated,
 )
 from apps.deployments.history import measured
+from apps.deployments.lacks import model_source, runs_simulated
 from apps.deployments.models import CPU_SLOT, LIVE, SLEEPER, WHOLE_CARD, Deployment, GpuReservation
 from apps.deployments.pauses import pause_words, paused_cards
 from apps.deployments.power import power_warnings

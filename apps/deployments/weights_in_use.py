@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from django.urls import reverse
 
 from apps.catalog.selectors import Usage
-from apps.deployments.equipment import model_source, runs_simulated
 from apps.deployments.heirs import owed
+from apps.deployments.lacks import model_source, runs_simulated
 from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment
 from apps.jobs.models import LIVE_STATES, Job
 from apps.profiles.models import ProfileVersion

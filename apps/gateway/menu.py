@@ -5,25 +5,22 @@ Read in a thread beside the route table and kept whole; the hot path only looks 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from django.db.models import F, Max
 
-from apps.catalog.selectors import weights_paths
 from apps.common.roles import Role
+from apps.deployments.lacks import lacking
 from apps.deployments.models import COMING_UP, LIVE_OR_COMES_BACK, SERVING, Deployment, Status
 from apps.deployments.policies.decide import request_may_load
 from apps.deployments.policies.models import LoadBy
 from apps.deployments.policies.selectors import loading_by_profile
 from apps.gateway.models import Alias
-from apps.installs.selectors import engines_ready
 from apps.profiles.models import ProfileVersion
 from apps.rigs.models import Rig
 
 LOADED, LOADING, SLEEPING, UNLOADED = "loaded", "loading", "sleeping", "unloaded"
-CAN_START_FOR_S = 30.0
 STATES = (
     *((status, LOADED) for status in SERVING),
     (Status.SLEEPING, SLEEPING),
@@ -35,7 +32,8 @@ STATES = (
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A profile that could serve a name. ``for_members``: they may switch to it, or their requests may load it."""
+    """A profile that could serve a name. ``for_members``: they may switch to it, or their requests may load it.
+    ``can_start``: its engine and its weights are on the rig; whether it fits is the plan's to say."""
 
     profile_id: int
     profile_name: str
@@ -88,66 +86,43 @@ class Menu:
         return next((o for o in offers if o.can_start and o.may_be_loaded_by(role)), None)
 
 
-class MenuReader:
-    """Reads the menu; remembers for a while which versions could start, which takes a look at disks and installs."""
-
-    def __init__(self) -> None:
-        self._can_start: dict[int, tuple[float, bool]] = {}
-        self._equipment: object = None
-
-    def read(self) -> Menu:
-        states: dict[str, str] = {}
-        last_ran: dict[int, int] = {}
-        live = list(Deployment.objects.filter(LIVE_OR_COMES_BACK).values_list("served_name", "status"))
-        for status, state in reversed(STATES):  # loaded has the last word
-            states.update({name: state for name, has in live if has == status})
-        last_ran = dict(
-            Deployment.objects.exclude(ready_at=None)
-            .values("version__profile_id")
-            .annotate(last=Max("pk"))
-            .values_list("version__profile_id", "last")
-        )
-        newest = (
-            ProfileVersion.objects.filter(profile__archived_at=None)
-            .annotate(newest=Max("profile__versions__number"))
-            .filter(number=F("newest"))
-            .select_related("profile", "model")
-        )
-        rig = Rig.objects.order_by("pk").first()
-        self._forget_after_a_change(rig)
-        loading = loading_by_profile()
-        offers: dict[str, list[tuple[int, Offer]]] = {}
-        served: dict[int, str] = {}
-        for version in newest:
-            profile = version.profile
-            can_start = rig is not None and self._could_start(version, rig)
-            marked = profile.members_may_switch
-            by_request = request_may_load(Role.MEMBER, loading.get(profile.pk, LoadBy.MARKED), marked)
-            offer = Offer(profile.pk, profile.name, marked or by_request, can_start)
-            offers.setdefault(version.served_name, []).append((last_ran.get(profile.pk, 0), offer))
-            served[profile.pk] = version.served_name
-        aliases = {
-            alias.name: None if alias.profile_id is None else served.get(alias.profile_id, "")
-            for alias in Alias.objects.all()
-        }
-        return Menu(
-            {name: tuple(o for _, o in sorted(found, key=lambda f: -f[0])) for name, found in offers.items()},
-            states,
-            aliases,
-        )
-
-    def _forget_after_a_change(self, rig: Rig | None) -> None:
-        """Whoever has just installed an engine finds its models at once."""
-        equipment = (engines_ready(rig.slug), weights_paths(rig.slug)) if rig is not None else None
-        if equipment != self._equipment:
-            self._can_start.clear()
-            self._equipment = equipment
-
-    def _could_start(self, version: ProfileVersion, rig: Rig) -> bool:
-        from apps.deployments.equipment import can_start  # late: engines and planner, which a gateway hardly needs
-
-        looked_at, could = self._can_start.get(version.pk, (0.0, False))
-        if not looked_at or time.monotonic() - looked_at > CAN_START_FOR_S:
-            could = can_start(version, rig)
-            self._can_start[version.pk] = (time.monotonic(), could)
-        return could
+def menu_read() -> Menu:
+    """The menu of this moment. Queries do not grow with the number of profiles; each one's weights are looked for."""
+    states: dict[str, str] = {}
+    live = list(Deployment.objects.filter(LIVE_OR_COMES_BACK).values_list("served_name", "status"))
+    for status, state in reversed(STATES):  # loaded has the last word
+        states.update({name: state for name, has in live if has == status})
+    last_ran = dict(
+        Deployment.objects.exclude(ready_at=None)
+        .values("version__profile_id")
+        .annotate(last=Max("pk"))
+        .values_list("version__profile_id", "last")
+    )
+    newest = list(
+        ProfileVersion.objects.filter(profile__archived_at=None)
+        .annotate(newest=Max("profile__versions__number"))
+        .filter(number=F("newest"))
+        .select_related("profile", "model")
+    )
+    rig = Rig.objects.order_by("pk").first()
+    lacks = lacking(newest, rig) if rig is not None else {}
+    loading = loading_by_profile()
+    offers: dict[str, list[tuple[int, Offer]]] = {}
+    served: dict[int, str] = {}
+    for version in newest:
+        profile = version.profile
+        marked = profile.members_may_switch
+        by_request = request_may_load(Role.MEMBER, loading.get(profile.pk, LoadBy.MARKED), marked)
+        can_start = rig is not None and version.pk not in lacks
+        offer = Offer(profile.pk, profile.name, marked or by_request, can_start)
+        offers.setdefault(version.served_name, []).append((last_ran.get(profile.pk, 0), offer))
+        served[profile.pk] = version.served_name
+    aliases = {
+        alias.name: None if alias.profile_id is None else served.get(alias.profile_id, "")
+        for alias in Alias.objects.all()
+    }
+    return Menu(
+        {name: tuple(o for _, o in sorted(found, key=lambda f: -f[0])) for name, found in offers.items()},
+        states,
+        aliases,
+    )

@@ -27,7 +27,7 @@ from apps.deployments.routes import ROUTES_CHANNEL, ROUTES_EPOCH, gateway_gone, 
 from apps.gateway.database import Worker
 from apps.gateway.keys import KeyCache, keys_load, note_uses
 from apps.gateway.limits import Limits
-from apps.gateway.menu import MenuReader
+from apps.gateway.menu import menu_read
 from apps.gateway.routes import RouteCache
 
 log = structlog.get_logger(__name__)
@@ -53,7 +53,6 @@ class Registration:
         self._registered = False
         self._refreshing = asyncio.Lock()
         self._refresh_began = 0.0
-        self._menu = MenuReader()
         self._menu_at = -math.inf
         self._hinted = asyncio.Event()
         self._applied = asyncio.Event()
@@ -127,7 +126,7 @@ class Registration:
         """What could be loaded. Without it the old menu stays: routes must not wait for it."""
         self._menu_at = began
         try:
-            self._routes.menu = await self._reader.run(self._menu.read)
+            self._routes.menu = await self._reader.run(menu_read)
         except DatabaseError:
             raise
         except Exception:

@@ -24,7 +24,7 @@ from apps.deployments.selectors import empty_because
 from apps.deployments.services import stop_request, switch_request
 from apps.deployments.strays import find_strays, without_secrets
 from apps.engines.llama_cpp.adapter import LlamaCppAdapter
-from apps.gateway.menu import MenuReader
+from apps.gateway.menu import menu_read
 from apps.jobs.estimates import typical_seconds
 from apps.jobs.handlers import JobFailed
 from apps.jobs.models import LIVE_STATES, Job, JobState
@@ -152,7 +152,7 @@ def test_requests_wait_through_the_backoff_with_an_honest_eta(coder: Profile, al
     eta_at = Route.objects.get().eta_at
     assert eta_at is not None
     assert abs(eta_at - died.ended_at - timedelta(seconds=1000 + loads)) < timedelta(milliseconds=1)
-    assert MenuReader().read().state("coder") == "loading"
+    assert menu_read().state("coder") == "loading"
     epoch = Epoch.current("routes")
     reconcile()
     assert Epoch.current("routes") == epoch  # nothing new, and no gateway is bothered

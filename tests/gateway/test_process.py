@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from django.db import connection
 from apps.deployments import routes
 from apps.deployments.models import GatewayProcess as Row
 from apps.gateway.server import listening_socket
+from tests.factories.profiles import llama_cpp_profile, simulated_profile
 from tests.gateway.conftest import ROOT, GatewayProcess, House
 from tests.gateway.helpers import chat, until
 from tests.gateway.test_streams import open_request, read_until
@@ -40,6 +42,21 @@ def database_away() -> Iterator[None]:
 def own_row(process: GatewayProcess) -> Any:
     assert process.process is not None
     return Row.objects.filter(key__contains=f":{process.process.pid}:")
+
+
+def test_the_list_of_models_costs_no_planner_and_no_engine(house: House, own_process: Start, bobs_key: str) -> None:
+    """They check options with pydantic, whose library is seen from outside: 10 MB."""
+    gateway = own_process()
+    llama_cpp_profile("tiny")
+    simulated_profile("marked", members_may_switch=True)
+    routes.routes_changed()
+    house.applied(gateway)
+    listed = gateway.ask("GET", "/v1/models", key=bobs_key).json["data"]
+    assert [model["id"] for model in listed] == ["marked"]
+    assert gateway.process is not None
+    libraries = Path(f"/proc/{gateway.process.pid}/maps").read_text()
+    assert "sqlite" in libraries or "psycopg" in libraries
+    assert "pydantic" not in libraries
 
 
 def test_sigterm_lets_streams_finish_and_signs_off(house: House, own_process: Start, bobs_key: str) -> None:

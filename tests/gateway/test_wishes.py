@@ -26,7 +26,7 @@ from apps.deployments.policies.services import loading_set, slot_create
 from apps.deployments.reconcile import reconcile
 from apps.deployments.services import switch_request
 from apps.gateway import wishes
-from apps.gateway.menu import MenuReader
+from apps.gateway.menu import menu_read
 from apps.gateway.wishes import Wish, granted
 from apps.installs.models import EngineInstall
 from apps.jobs.models import LIVE_STATES, Job, JobState
@@ -205,7 +205,7 @@ def test_a_profile_says_whose_requests_may_load_it(
     Job.objects.all().delete()
     pressed = granted(Wish("coder", bob.pk, explicit=True))
     assert pressed.forbidden is not (marked or least == "member"), "who may switch may press load, too"
-    offered = MenuReader().read().offer("coder", Role.MEMBER)
+    offered = menu_read().offer("coder", Role.MEMBER)
     assert (offered is not None) is (marked or least == "member")
 
 
@@ -271,13 +271,12 @@ def test_what_failed_a_moment_ago_is_tried_again_once_what_it_missed_has_come(si
 
 def test_what_has_just_been_installed_is_on_the_menu_at_once(sim_rig: Any, tmp_path: Path) -> None:  # noqa: F811
     profile = llama_cpp_profile("tiny")
-    reader = MenuReader()
-    assert reader.read().offer("tiny", Role.OPERATOR) is None
+    assert menu_read().offer("tiny", Role.OPERATOR) is None
     EngineInstall.objects.create(rig_name=sim_rig.slug, engine="llama_cpp", name="starter", state="ready")
     weights = tmp_path / "tiny.gguf"
     weights.touch()
     Weights.objects.create(model=profile.current.model, rig_name=sim_rig.slug, path=str(weights))
-    assert reader.read().offer("tiny", Role.OPERATOR) is not None
+    assert menu_read().offer("tiny", Role.OPERATOR) is not None
 
 
 def test_a_guest_behind_open_webuis_key_switches_in_their_own_name_and_passes_over_no_pin(
