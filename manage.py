@@ -8,9 +8,7 @@ import sys
 
 
 def main() -> int:
-    # The sampler lives as long as the panel and needs few of its apps: 20 MB less.
-    module = "rigpanel.settings_sampler" if sys.argv[1:2] == ["sampler"] else "rigpanel.settings"
-    os.environ.setdefault("DJANGO_SETTINGS_MODULE", module)
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "rigpanel.settings")
     from apps.common.loading import loading
     from rigpanel.environment import ConfigError
 
