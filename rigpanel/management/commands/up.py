@@ -15,7 +15,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 from django.db import DatabaseError, connections
 
-from rigpanel import preflight, prepare, processes
+from rigpanel import compiling, preflight, prepare, processes
 from rigpanel.environment import ConfigError
 from rigpanel.herald import announce
 
@@ -40,6 +40,7 @@ class Command(BaseCommand):
             preflight.check_ports(chosen)
             preflight.check_store()
             preflight.check_database()
+            compiled = compiling.begin()
             # A rig that joins finds a database that the panel's own machine looks after.
             setup_path = self.prepare() if options["prepare_only"] or "web" in chosen else None
             if options["prepare_only"]:
@@ -54,6 +55,7 @@ class Command(BaseCommand):
             self.fail(f"The database said no: {str(error).strip().splitlines()[0]}")
         except OSError as error:
             self.fail(f"{error.filename or 'A file'}: {error.strerror}. Nothing was started.")
+        compiling.finish(compiled)
         self.become_supervisor(lock, config, setup_path, announce_it="web" in chosen)
 
     def chosen(self, only: str | None) -> list[str]:
