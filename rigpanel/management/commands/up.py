@@ -40,7 +40,7 @@ class Command(BaseCommand):
             preflight.check_ports(chosen)
             preflight.check_store()
             preflight.check_database()
-            compiled = compiling.begin()
+            compiled = None if options["prepare_only"] else compiling.begin()
             # A rig that joins finds a database that the panel's own machine looks after.
             setup_path = self.prepare() if options["prepare_only"] or "web" in chosen else None
             if options["prepare_only"]:
