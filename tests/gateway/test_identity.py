@@ -22,7 +22,7 @@ from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Invalid, NotAllowed
 from apps.common.roles import Role
 from apps.deployments import routes
-from apps.gateway import errors
+from apps.gateway import errors, registration
 from apps.gateway.identity import named_person, networks_of, origin
 from apps.gateway.keys import Known
 from apps.gateway.menu import Menu
@@ -112,9 +112,8 @@ def test_a_key_may_be_limited_to_models_and_networks(house: House, gateway: Gate
 
 def has_menu(house: House, gateway: Any, read: Callable[[], Menu], monkeypatch: pytest.MonkeyPatch) -> None:
     """The gateway goes by this menu from now on: a look that is under way has ended when this one has."""
-    registration = gateway.gateway.registration
-    monkeypatch.setattr(registration._menu, "read", read)
-    house.loop.run(registration._read_menu(time.monotonic()))
+    monkeypatch.setattr(registration, "menu_read", read)
+    house.loop.run(gateway.gateway.registration._read_menu(time.monotonic()))
     assert gateway.gateway.routes.menu is read()
 
 
