@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 
 from rigpanel.processes import LEAN, SMALL
 
@@ -60,8 +61,8 @@ PATIENCE_S = 20.0
 
 
 def begin() -> subprocess.Popen[bytes] | None:
-    """Start it, unless it was done before."""
-    if all(_is_compiled(name) for name in LAST):
+    """Start it, unless it was done before or has nowhere to write."""
+    if all(_is_done(name) for name in LAST):
         return None
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | SMALL
     quiet = subprocess.DEVNULL
@@ -80,10 +81,13 @@ def finish(compiling: subprocess.Popen[bytes] | None) -> None:
         compiling.wait()
 
 
-def _is_compiled(name: str) -> bool:
+def _is_done(name: str) -> bool:
     spec = find_spec(name)
-    origin = spec.origin if spec else None
-    return origin is None or os.path.exists(cache_from_source(origin, optimization=LEAN.count("O")))
+    if spec is None or spec.origin is None:
+        return True
+    compiled = Path(cache_from_source(spec.origin, optimization=LEAN.count("O")))
+    folder = next(parent for parent in compiled.parents if parent.exists())
+    return compiled.exists() or not os.access(folder, os.W_OK)
 
 
 def main() -> None:
