@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help up down test nightly check bench engines chaos setup setup-dev
+.PHONY: help up down test test-stores nightly check bench engines chaos setup setup-dev
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -25,6 +25,11 @@ ifdef ARGS
 else
 	@failed=0; $(PYTEST) -n 2 -m "$(WHOLE)" || failed=1; $(PYTEST) -n 3 -m "not ($(WHOLE))" || failed=1; exit $$failed
 endif
+
+# Here much is waiting for the database and no engine computes. Left out: engines, browsers and whole panels, which do not
+# depend on the database (one panel is started on both all the same), and plain Python that touches none.
+test-stores: setup-dev ## what touches the stores, on those that RIGPANEL_TEST_DATABASE_URL and RIGPANEL_TEST_REDIS_URL name
+	@exec $(PYTEST) -n 3 -m "external or not ($(WHOLE) or plain)"
 
 nightly: setup-dev engines ## the tests that take minutes and gigabytes: installing vLLM, vLLM under Ray Serve, Open WebUI
 	@RIGPANEL_NIGHTLY=1 RIGPANEL_REQUIRE_REAL=1 exec timeout 3600 $(RUN) -m pytest -m nightly $(ARGS)

@@ -39,10 +39,8 @@ def test_a_calm_start_leaves_no_traceback_and_no_error_in_the_logs(running_panel
 
 def test_the_sampler_loads_only_the_apps_that_it_needs(running_panel: Panel) -> None:
     """Though `up` names the panel's settings for all that it starts."""
-    assert (
-        psutil.Process(running_panel.pid("sampler")).environ()["DJANGO_SETTINGS_MODULE"] == "rigpanel.settings_sampler"
-    )
-    assert psutil.Process(running_panel.pid("web")).environ()["DJANGO_SETTINGS_MODULE"] == "rigpanel.settings"
+    for name, settings in (("sampler", "rigpanel.settings_sampler"), ("web", "rigpanel.settings")):
+        assert psutil.Process(running_panel.pid(name)).environ()["DJANGO_SETTINGS_MODULE"] == settings
 
 
 def test_no_secret_is_on_a_command_line_or_readable_by_others(running_panel: Panel) -> None:
