@@ -17,7 +17,6 @@ from apps.gateway import errors
 from apps.gateway.access_log import AccessLog
 from apps.gateway.bodies import parse_body
 from apps.gateway.client import BodyBudget, Client, ClientGone
-from apps.gateway.garbage import look_at_rest
 from apps.gateway.identity import TASK_HEADER, is_within, named_person, networks_of, origin
 from apps.gateway.intake import call_of, only_model, read_wish
 from apps.gateway.keys import Key, KeyCache, is_like_a_key
@@ -75,7 +74,6 @@ class Gateway:
         self.limits = limits or Limits()
         self.observer = observer or Observer()
         self._running: dict[Client, Exchange] = {}
-        self._looking: asyncio.Task[None] | None = None  # for garbage
         self._proxies = networks_of(settings.TRUSTED_PROXIES)
         self.routes = RouteCache()
         self.keys = KeyCache()
@@ -102,11 +100,8 @@ class Gateway:
             if message["type"] == "lifespan.startup":
                 await self.registration.start()
                 await self.observer.start()
-                self._looking = asyncio.create_task(look_at_rest(lambda: not self._running))
                 await send({"type": "lifespan.startup.complete"})
             else:
-                if self._looking is not None:
-                    self._looking.cancel()
                 await self.registration.stop()
                 await self.wishes.stop()
                 self.proxy.stop()
