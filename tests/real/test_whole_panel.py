@@ -149,7 +149,11 @@ def test_an_engine_that_is_killed_is_started_again_and_the_next_request_waits_fo
 
     seen = wait_for("the deployment is failed", ended)
     assert "signal 9" in seen["status_reason"]
-    restart = panel.get("/jobs?kind=switch")["items"][0]
-    assert "restart 1 of 3" in restart["reason"]
+
+    def restarts() -> dict[str, Any] | None:  # a moment after it was found dead
+        newest: dict[str, Any] = panel.get("/jobs?kind=switch")["items"][0]
+        return newest if "restart 1 of 3" in newest["reason"] else None
+
+    restart = wait_for("it is started again", restarts)
     succeeded(panel.finished(restart["id"]))
     assert client.completions.create(model="gemma-3-270m", prompt="Hello", max_tokens=4).choices[0].text
