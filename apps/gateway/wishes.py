@@ -174,7 +174,10 @@ def _failed_lately(profile: Profile, rig: Rig) -> str | None:
     last = jobs.filter(kind="switch", profile_slug=profile.slug).order_by("-pk").first()
     if last is None or last.finished_at is None or last.state == JobState.SUCCEEDED:
         return None
-    if last.finished_at <= timezone.now() - FAILED_FOR or last.profile_version != profile.current.number:
+    ago = timezone.now() - last.finished_at
+    if not timedelta(0) <= ago < FAILED_FOR:  # below zero: the clock was set back since, and nobody waits for hours
+        return None
+    if last.profile_version != profile.current.number:
         return None
     brought = jobs.filter(kind__in=BRINGS, state=JobState.SUCCEEDED, finished_at__gt=last.finished_at)
     return None if brought.exists() else last.summary

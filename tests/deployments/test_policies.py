@@ -82,6 +82,16 @@ def decided(**changes: Any) -> Any:
             True,
             "",
         ),
+        # The clock was set back by two hours meanwhile: nobody can tell for how long it has served.
+        (
+            {
+                "minimum_residency_seconds": 60,
+                "asker": Asker.MEMBER,
+                "in_the_way": [InTheWay(7, "Coder", NOW + timedelta(hours=2))],
+            },
+            True,
+            "",
+        ),
         ({"asker": Asker.RESTART}, False, "Not restarted: Coder runs in its place."),
         ({"asker": Asker.RESTART, "override": True, "pins": [PIN]}, False, "Coder runs in its place."),
         ({"asker": Asker.RESTART, "in_the_way": [SLEEPS]}, True, ""),

@@ -269,6 +269,16 @@ def test_what_failed_a_moment_ago_is_tried_again_once_what_it_missed_has_come(si
     assert granted(wish).job_id, "what failed was another version"
 
 
+def test_a_failure_before_the_clock_was_set_back_keeps_nobody_for_hours(sim_rig: Any, bob: Any) -> None:  # noqa: F811
+    simulated_profile("coder", members_may_switch=True, fail_phase="weights")
+    wish = Wish("coder", bob.pk)
+    assert granted(wish).job_id
+    assert run_queued()
+    assert granted(wish).refused
+    Job.objects.update(finished_at=timezone.now() + timedelta(hours=2))
+    assert granted(wish).job_id
+
+
 def test_what_has_just_been_installed_is_on_the_menu_at_once(sim_rig: Any, tmp_path: Path) -> None:  # noqa: F811
     profile = llama_cpp_profile("tiny")
     assert menu_read().offer("tiny", Role.OPERATOR) is None

@@ -199,7 +199,7 @@ def may_switch(
         return _refused(what, f"the calendar gives these hours to {scheduled.profile_name}, until {until}", "scheduled")
     if asker.waits_for_residents and minimum_residency_seconds > 0:
         for one in replaced:
-            if one.since is None:
+            if one.since is None or one.since > now:  # the clock was set back since: nobody waits for hours
                 continue
             free_at = one.since + timedelta(seconds=minimum_residency_seconds)
             if free_at > now:
