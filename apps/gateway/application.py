@@ -24,7 +24,7 @@ from apps.gateway.limits import Limits
 from apps.gateway.listing import allows, anthropic_list, openai_list, router_list, stream_changes, usable
 from apps.gateway.menu import SLEEPING, UNLOADED
 from apps.gateway.metrics import NO_MODEL, Metrics
-from apps.gateway.observer import REFUSED, Exchange, Observer
+from apps.gateway.observer import Exchange, Observer
 from apps.gateway.protocol import (
     ANTHROPIC_PATHS,
     FORM_PATHS,
@@ -353,9 +353,7 @@ class Gateway:
         self.observer.refused(user_id=caller.user_id, key_id=caller.key.id, model=model, code=error.code)
 
     def _close(self, exchange: Exchange, began: float, outcome: str, status: int | None) -> None:
-        exchange.status, exchange.duration_s = status, time.monotonic() - began
-        refused = outcome == "ok" and status is not None and status >= 400
-        exchange.outcome = REFUSED if refused else outcome
+        exchange.status, exchange.outcome, exchange.duration_s = status, outcome, time.monotonic() - began
         self.observer.close(exchange)
 
     def _record(self, scope: Scope, client: Client, key: Key | None, outcome: str, duration_s: float) -> None:

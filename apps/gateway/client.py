@@ -10,6 +10,7 @@ from typing import Any
 
 from apps.gateway import errors
 from apps.gateway.limits import Limits
+from apps.gateway.observer import REFUSED
 from apps.gateway.protocol import EVENT_STREAM, Receive, Scope, Send, declared_length
 
 EMPTY_COMMENT = b":\n\n"
@@ -196,11 +197,14 @@ class Client:
 
     def ends(self, outcome: str = "ok", status: int | None = None) -> None:
         """Tell, once, how the request ends: before the answer's last bytes are sent, so that whoever has a whole
-        answer is also in the ledger, whatever happens to this process next."""
+        answer is also in the ledger, whatever happens to this process next. An engine's error that was passed on is
+        *refused*."""
         tell, self.tell_end = self.tell_end, None
         if tell is not None:
-            self.outcome = outcome
-            tell(outcome, status or self.status)
+            status = status or self.status
+            refused = outcome == "ok" and status is not None and status >= 400
+            self.outcome = REFUSED if refused else outcome
+            tell(self.outcome, status)
 
     async def finish(self, data: bytes = b"") -> None:
         self.ends()

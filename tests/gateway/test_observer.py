@@ -142,3 +142,9 @@ def test_how_it_ended_is_told(house: House, within: Any, bobs_key: str) -> None:
         gateway.ask("POST", CHAT, body, key=bobs_key)
         until(lambda n=number: len(recorder.closed) == n + 1, "the end was not told")  # type: ignore[misc]
         assert (recorder.closed[-1].status, recorder.closed[-1].outcome) == (status, outcome)
+
+    def uncounted() -> list[str]:
+        told = gateway.ask("GET", "/metrics").body.decode()
+        return [outcome for _, status, outcome in ends if f'outcome="{outcome}",status="{status}"' not in told]
+
+    until(lambda: uncounted() == [], "the counters tell another end than the ledger")
