@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from apps.gateway import errors
 
 HEAD_BYTES_MAX = 64 * 1024
+HEAD_TOO_LONG = f"The request's head is longer than {HEAD_BYTES_MAX // 1024} KiB."
 BACKLOG = 2048
 PIPELINED_MAX = 8
 BODY_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
@@ -71,7 +72,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_bytes: int | None = None  # of the head that is being read
+        self._head_bytes: int | None = None  # of the head that is being read, in segments before this one
+        self._segment_bytes = 0
         self._running_cycle: RequestResponseCycle | None = None
         self._heads = 0  # whole ones
         self._over = False  # no request is read any more: one is to be refused once those before it are answered
@@ -85,8 +87,12 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = None
+        read_bytes, self._head_bytes = (self._head_bytes or 0) + self._segment_bytes, None
         self._heads += 1
+        # What was read may hold a body or other requests too; only then the head itself is measured.
+        if read_bytes > HEAD_BYTES_MAX and self._head_length() > HEAD_BYTES_MAX:
+            self.send_400_response(HEAD_TOO_LONG)
+            return
         if self.parser.should_upgrade() and any(name in BODY_HEADERS for name, _ in self.headers):
             self._refuse(errors.upgrade_with_body())
             return
@@ -94,15 +100,19 @@ class GatewayProtocol(HttpToolsProtocol):
         if 0 < len(self.pipeline) < PIPELINED_MAX:
             self.flow.resume_reading()  # a paused socket does not tell that its client left
 
+    def _head_length(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
+        self._segment_bytes = len(data)
         self._unset_keepalive_if_required()
         self._parse(memoryview(data))
         if self._head_bytes is not None and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX:
-                self.send_400_response("The request's head is too long.")
+                self.send_400_response(HEAD_TOO_LONG)
 
     def _parse(self, data: memoryview) -> None:
         while data and not self._over and not self.transport.is_closing():

@@ -15,6 +15,7 @@ import pytest
 
 from apps.deployments import routes
 from apps.gateway import server
+from apps.gateway.server import GatewayProtocol
 from tests.gateway.conftest import GatewayProcess, House
 from tests.gateway.helpers import ANSWER, DEADLINE_S, chat, until
 from tests.gateway.test_dialects import form
@@ -192,6 +193,26 @@ def test_what_is_not_http_is_refused_in_words(gateway: GatewayProcess, neighbour
         assert status.startswith(b"HTTP/1.1 400"), head
         assert json.loads(body)["error"]["code"] == "invalid_request", head
     neighbour.goes_on()
+
+
+@pytest.mark.parametrize(("kib", "status"), [(63, b"200"), (65, b"400"), (250, b"400")])
+def test_a_head_has_its_limit_also_where_it_is_read_in_one_piece(
+    within: Any, monkeypatch: pytest.MonkeyPatch, kib: int, status: bytes
+) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nConnection: close\r\nX-Long: " + b"x" * (kib * 1024) + b"\r\n\r\n"
+    received, pieces = GatewayProtocol.data_received, []
+
+    def in_one_piece(self: GatewayProtocol, data: bytes) -> None:
+        pieces.append(data)
+        if sum(map(len, pieces)) == len(head):
+            received(self, b"".join(pieces))
+
+    monkeypatch.setattr(GatewayProtocol, "data_received", in_one_piece)
+    with socket.create_connection(("127.0.0.1", within().port), timeout=DEADLINE_S) as connection:
+        connection.sendall(head)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert (b"longer than 64 KiB" in answer) == (status == b"400")
 
 
 # -- how long they may do so: with limits shortened, in a gateway within this process -----------------
