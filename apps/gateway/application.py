@@ -113,7 +113,6 @@ class Gateway:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
         client = Client(scope, receive, send, request_id(scope["headers"]))
-        key: Key | None = None
         caller: Caller | None = None
         outcome = "ok"
         try:
@@ -122,10 +121,9 @@ class Gateway:
                 client.anthropic = path in ANTHROPIC_PATHS
                 _only(scope, *(("POST",) if path in JSON_PATHS or path in FORM_PATHS else sorted(METHODS)))
                 caller = await self._caller(client, scope)
-                key = caller.key
                 await self._forward(client, caller, scope, began)
             else:
-                key = await self._answer(client, scope, path)
+                caller = await self._answer(client, scope, path)
         except errors.GatewayError as error:
             outcome = error.code
             if caller is not None and client.tell_end is None:  # it did not begin, so it has no line in the ledger
@@ -144,27 +142,27 @@ class Gateway:
         finally:
             client.ends(outcome)
             outcome = client.outcome if outcome == "ok" else outcome
-            self._record(scope, client, key, outcome, time.monotonic() - began)
+            self._record(scope, client, caller, outcome, time.monotonic() - began)
 
     # -- paths ----------------------------------------------------------------------------------
 
-    async def _answer(self, client: Client, scope: Scope, path: str) -> Key | None:
-        """Everything that is not forwarded. Returns the key that was used."""
+    async def _answer(self, client: Client, scope: Scope, path: str) -> Caller | None:
+        """Everything that is not forwarded. Returns who asked, where a key was used."""
         if path == "/healthz":
             _only(scope, "GET", "HEAD")
             await client.answer_json(200, {"status": "ok"})
             return None
         if path == "/metrics":
             _only(scope, "GET", "HEAD")
-            key = None if _is_local(scope) else (await self._caller(client, scope)).key
+            caller = None if _is_local(scope) else await self._caller(client, scope)
             await client.answer(200, self.metrics.text(), b"text/plain; version=0.0.4; charset=utf-8")
-            return key
+            return caller
         if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
             _only(scope, "GET", "HEAD")
             caller = await self._caller(client, scope)
             self._check_in_touch()
             await client.answer_json(200, self._models(client, caller, path))
-            return caller.key
+            return caller
         if path in ROUTER_PATHS:
             return await self._router(client, scope)
         raise errors.not_found(path)
@@ -253,7 +251,7 @@ class Gateway:
             raise errors.model_not_found(name, usable(self.routes, key, role))
         return found
 
-    async def _router(self, client: Client, scope: Scope) -> Key:
+    async def _router(self, client: Client, scope: Scope) -> Caller:
         """The llama.cpp router's dialect, by which Open WebUI shows models and loads them."""
         path, method = scope["path"], scope["method"]
         caller = await self._caller(client, scope)
@@ -267,7 +265,7 @@ class Gateway:
                 await stream_changes(client, self.routes, caller.key, caller.role)
         else:
             await self._load_or_unload(client, caller, load=path == "/models/load")
-        return caller.key
+        return caller
 
     async def _load_or_unload(self, client: Client, caller: Caller, *, load: bool) -> None:
         with self.budget.share() as share:
@@ -356,7 +354,7 @@ class Gateway:
         exchange.status, exchange.outcome, exchange.duration_s = status, outcome, time.monotonic() - began
         self.observer.close(exchange)
 
-    def _record(self, scope: Scope, client: Client, key: Key | None, outcome: str, duration_s: float) -> None:
+    def _record(self, scope: Scope, client: Client, caller: Caller | None, outcome: str, duration_s: float) -> None:
         """One log line and the counters. Never the key, the body or the query."""
         path = scope["path"]
         if path in ("/healthz", "/metrics") and outcome == "ok":
@@ -370,8 +368,8 @@ class Gateway:
             method=scope["method"],
             path=path,
             model=client.model,
-            key_id=key.id if key else None,
-            user_id=key.user_id if key else None,
+            key_id=caller.key.id if caller else None,
+            user_id=caller.user_id if caller else None,
             status=client.status,
             outcome=outcome,
             sent_bytes=client.sent_bytes,

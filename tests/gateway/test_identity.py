@@ -289,7 +289,9 @@ def test_a_rotated_key_goes_on_for_a_while(house: House, gateway: GatewayProcess
     assert gateway.ask("GET", "/v1/models", key=new_token).status == 200
 
 
-def test_the_person_behind_open_webuis_key_is_who_asks(house: House, within: Any, alice: Any, bob: Any) -> None:
+def test_the_person_behind_open_webuis_key_is_who_asks(
+    house: House, within: Any, alice: Any, bob: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Recorder()
     routes.open_to(house.deploy("coder", house.engine("coder")))
     key, token = key_create(alice, name="Open WebUI", actor=PANEL, names_people=True)
@@ -297,6 +299,8 @@ def test_the_person_behind_open_webuis_key_is_who_asks(house: House, within: Any
     secret = people_secret(key.digest)
     gateway = within(recorder)
     house.applied(gateway)
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(gateway.gateway.access_log, "request", lambda **line: lines.append(line))
 
     def asked(token: str, **headers: str) -> Any:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -326,6 +330,8 @@ def test_the_person_behind_open_webuis_key_is_who_asks(house: House, within: Any
     assert asked(own, X_OpenWebUI_User_Jwt=other).status == 200  # a key of one person names nobody
     assert last(5) == (bob.pk, bob.pk, "")
     assert guest() == ""
+    until(lambda: len(lines) == 5, "a request was not logged")
+    assert [line["user_id"] for line in lines] == [bob.pk, alice.pk, alice.pk, alice.pk, bob.pk]
     forged = asked(token, X_OpenWebUI_User_Jwt=signed("f" * 64, email=bob.email).decode())
     assert (forged.status, forged.error["code"]) == (401, "invalid_user_token")
 
