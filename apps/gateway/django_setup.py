@@ -6,53 +6,25 @@ The whole list of apps with what their ``ready()`` imports costs a second of sta
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 import django
 from django.apps import AppConfig, apps
 
-
-class Common(AppConfig):
-    name, label = "apps.common", "common"
-
-
-class Audit(AppConfig):
-    name, label = "apps.audit", "audit"
-
-
-class Accounts(AppConfig):
-    name, label = "apps.accounts", "accounts"
-
-
-class Rigs(AppConfig):
-    name, label = "apps.rigs", "rigs"
-
-
-class Catalog(AppConfig):
-    name, label = "apps.catalog", "catalog"
-
-
-class Profiles(AppConfig):
-    name, label = "apps.profiles", "profiles"
-
-
-class Installs(AppConfig):
-    name, label = "apps.installs", "installs"
-
-
-class Jobs(AppConfig):
-    name, label = "apps.jobs", "jobs"
-
-
-class Telemetry(AppConfig):
-    name, label = "apps.telemetry", "telemetry"
-
-
-class Deployments(AppConfig):
-    name, label = "apps.deployments", "deployments"
-
-
-class GatewayModels(AppConfig):
-    name, label = "apps.gateway", "gateway"
+# Jobs, installs and telemetry are there for wishes: models that are asked for and not loaded.
+MODELS_OF = (
+    "apps.common",
+    "apps.audit",
+    "apps.accounts",
+    "apps.rigs",
+    "apps.jobs",
+    "apps.installs",
+    "apps.telemetry",
+    "apps.catalog",
+    "apps.profiles",
+    "apps.deployments",
+    "apps.gateway",
+)
 
 
 def setup() -> None:
@@ -65,21 +37,6 @@ def setup() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "rigpanel.settings")
     from django.conf import settings
 
-    # Before setup() nobody has read the list yet.
-    settings.INSTALLED_APPS = [
-        f"{__name__}.{config.__name__}"
-        for config in (
-            Common,
-            Audit,
-            Accounts,
-            Rigs,
-            Jobs,  # these three for wishes: models that are asked for and not loaded
-            Installs,
-            Telemetry,
-            Catalog,
-            Profiles,
-            Deployments,
-            GatewayModels,
-        )
-    ]
+    # Before setup() nobody has read the list yet. Configurations in place of names: their own would run ``ready()``.
+    settings.INSTALLED_APPS = [AppConfig(name, import_module(name)) for name in MODELS_OF]
     django.setup()
