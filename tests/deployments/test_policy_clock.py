@@ -467,6 +467,14 @@ def test_a_pin_holds_the_clock_and_the_page_says_so(clocked: Any, client: Client
     assert "pinned by alice" in page
 
 
+def watched(rig: Any, moment: list[float], seconds: float) -> None:
+    """So much time passes, and the rig's beats see it."""
+    until = moment[0] + seconds
+    while moment[0] < until:
+        moment[0] = min(until, moment[0] + 20)
+        ticking.tick(rig.slug)
+
+
 def test_what_idles_is_put_to_rest_and_what_works_is_not(
     clocked: Any, olivia: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,11 +487,9 @@ def test_what_idles_is_put_to_rest_and_what_works_is_not(
     monkeypatch.setattr(ticking, "epoch", lambda: moment[0])
     ticking.tick(clocked.slug)
     facts[deployment.pk] = EngineFacts(requests_running=0.0)
-    moment[0] += 599
-    ticking.tick(clocked.slug)
+    watched(clocked, moment, 599)
     assert not Job.objects.filter(kind="stop").exists()
-    moment[0] += 2
-    ticking.tick(clocked.slug)
+    watched(clocked, moment, 2)
     job = Job.objects.get(kind="stop")
     assert (job.title, job.data, job.reason) == ("Rest Coder", {"rest": True}, "idle for 10 min 1 s")
     Job.objects.filter(pk=job.pk).update(state="cancelled", finished_at=timezone.now())
@@ -492,6 +498,33 @@ def test_what_idles_is_put_to_rest_and_what_works_is_not(
     Job.objects.filter(pk=job.pk).update(finished_at=timezone.now() - timedelta(seconds=601))
     ticking.tick(clocked.slug)
     assert Job.objects.filter(kind="stop").count() == 2
+
+
+@pytest.mark.parametrize("what", ["the worker was away", "the engine said nothing", "the clock was set back"])
+def test_what_nobody_saw_is_not_counted_as_idle(
+    what: str, clocked: Any, olivia: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving(clocked)
+    deployment = Deployment.objects.get()
+    services.rig_policy_set(rig=clocked, actor=actor_of(olivia), idle_action="sleep", idle_after_seconds=600)
+    facts = {deployment.pk: EngineFacts(requests_running=0.0)}
+    monkeypatch.setattr(ticking, "engine_facts", lambda ids: facts)
+    moment = [1_000_000.0]
+    monkeypatch.setattr(ticking, "epoch", lambda: moment[0])
+    ticking.tick(clocked.slug)
+    watched(clocked, moment, 300)
+    if what == "the engine said nothing":
+        facts.clear()
+        watched(clocked, moment, 7200)
+        facts[deployment.pk] = EngineFacts(requests_running=0.0)
+        ticking.tick(clocked.slug)
+    else:
+        moment[0] += 7200 if what == "the worker was away" else -7200
+        ticking.tick(clocked.slug)
+    watched(clocked, moment, 599)
+    assert not Job.objects.filter(kind="stop").exists()
+    watched(clocked, moment, 2)
+    assert Job.objects.get(kind="stop").reason == "idle for 10 min 1 s"
 
 
 def test_an_engine_that_says_nothing_is_not_called_idle(clocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

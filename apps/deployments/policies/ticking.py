@@ -44,7 +44,7 @@ from apps.rigs.models import Rig
 
 log = structlog.get_logger(__name__)
 RETRY_SECONDS = 30.0  # after a refusal: pins and residency change slowly, and asking costs a plan
-KEEP_SECONDS = 7 * 86400
+AWAY_SECONDS = 30  # between two looks at an engine: what happened meanwhile was not watched. Beats come every 2 s
 _refused_at: dict[str, float] = {}
 
 
@@ -155,7 +155,8 @@ def epoch() -> float:
 def idle_seconds(serving: Sequence[Deployment]) -> dict[int, float]:
     """For how long each of them has had nothing to do, as far as this was watched; those that say nothing are left out.
 
-    A panel that was away begins to count anew: it cannot know what it did not see."""
+    A panel that was away begins to count anew, as after a silence of the engine or when the clock is set: it cannot
+    know what it did not see."""
     facts = engine_facts(d.pk for d in serving)
     streams = streams_by_deployment() or {}
     now = epoch()
@@ -172,13 +173,18 @@ def idle_seconds(serving: Sequence[Deployment]) -> dict[int, float]:
                 or streams.get(deployment.pk, 0) > 0
             )
             key = f"policies:busy:{deployment.pk}"
-            before = store().get(key)
-            last = now if busy or before is None else min(now, float(before))
-            store().set(key, last, ex=KEEP_SECONDS)
+            last = now if busy else _busy_last(str(store().get(key) or ""), now)
+            store().set(key, f"{last} {now}", ex=AWAY_SECONDS)
             idle[deployment.pk] = now - last
     except (redis.RedisError, ValueError):
         return {}
     return idle
+
+
+def _busy_last(kept: str, now: float) -> float:
+    """When it was busy last, from what the look before this one kept: that moment and its own."""
+    last, _, looked_at = kept.partition(" ")
+    return float(last) if looked_at and 0 <= now - float(looked_at) <= AWAY_SECONDS else now
 
 
 def since_cancelled(idle: dict[int, float]) -> dict[int, float]:
