@@ -199,12 +199,15 @@ def plan(version: ProfileVersion, rig: Rig, *, exclusive: bool = False, advise: 
 
 
 def placed(the_plan: Plan, replica_gpus: Sequence[Sequence[int]]) -> Plan:
-    """The same on cards that were chosen before, with what these are bound to: a plan made later may choose others."""
+    """The same on cards that were chosen before, with what these are bound to: a plan made later may choose others.
+    A card that another has replaced since is a problem of it."""
     chosen = tuple(tuple(gpus) for gpus in replica_gpus)
     if chosen == the_plan.replica_gpus or not any(chosen):
         return replace(the_plan, replica_gpus=chosen)
     facts = rig_facts(the_plan.rig)
     cards, uuids = {c.uuid: c for c in facts.cards}, {g.pk: g.uuid for g in the_plan.rig.gpus.all()}
+    if any(uuids[gpu] not in cards for gpus in chosen for gpu in gpus):
+        return replace(the_plan, problems=("A card on which it was to lie is not in this rig any more.",))
     lying = tuple(tuple(cards[uuids[gpu]] for gpu in gpus) for gpus in chosen)
     nvlinked = is_nvlinked(lying, the_plan.version.tensor_parallel_size, facts)
     made = replace(the_plan, replica_gpus=chosen, nvlinked=nvlinked)

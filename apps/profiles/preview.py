@@ -27,6 +27,7 @@ from apps.profiles.host_facts import numa_host
 from apps.profiles.models import Device, ProfileVersion
 from apps.profiles.placement import Bridge, Card, DoesNotFit, Placement, RigFacts, place
 from apps.rigs.models import Rig
+from apps.rigs.selectors import gpu_list, link_list
 
 # How each engine's program is called where none is installed yet.
 USUAL_COMMAND = {
@@ -48,8 +49,8 @@ class Preview:
 
 
 def rig_facts(rig: Rig) -> RigFacts:
-    """The rig's cards and bridges as the placement takes them."""
-    gpus = list(rig.gpus.order_by("index", "pk"))
+    """The rig's cards and bridges as the placement takes them. Retired cards are no part of it."""
+    gpus = list(gpu_list(rig))
     known = [CAPABILITY.match(g.compute_capability) for g in gpus if g.present]
     return RigFacts(
         compute_capability=min(((int(c[1]), int(c[2])) for c in known if c), default=(8, 6)),
@@ -59,7 +60,7 @@ def rig_facts(rig: Rig) -> RigFacts:
         ),
         bridges=tuple(
             Bridge(link.first.uuid, link.second.uuid, link.active_lanes)
-            for link in rig.links.select_related("first", "second")
+            for link in link_list(rig)
             if link.second is not None
         ),
     )

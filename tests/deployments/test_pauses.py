@@ -31,12 +31,12 @@ from apps.deployments.models import (
     Status,
 )
 from apps.deployments.pauses import pause_card, paused_cards, paused_shown, pauses_look
-from apps.deployments.plan import plan
+from apps.deployments.plan import placed, plan
 from apps.deployments.policies import ticking
 from apps.deployments.policies.decide import PAUSE, Asker
 from apps.deployments.policies.models import Pin, RigPolicy
 from apps.deployments.policies.selectors import policy_of
-from apps.deployments.restarting import look_at_failed
+from apps.deployments.restarting import coming_back, look_at_failed
 from apps.deployments.restarting import policy_of as restarts_of
 from apps.deployments.services import switch_request
 from apps.gateway.wishes import Wish, granted
@@ -47,12 +47,13 @@ from apps.jobs.models import Job, JobState
 from apps.jobs.services import job_cancel
 from apps.profiles.models import Profile
 from apps.profiles.services import profile_update
-from apps.rigs.services import inventory_sync
+from apps.rigs.models import Rig
+from apps.rigs.services import hardware_failed, inventory_sync
 from apps.telemetry.frames import FrameBuilder, parse
 from tests.deployments.conftest import PLANNED, Begun
 from tests.deployments.test_guard import serve
 from tests.deployments.test_switch import run
-from tests.factories.profiles import add_version, simulated_profile
+from tests.factories.profiles import add_version, llama_cpp_profile, simulated_profile
 
 pytestmark = pytest.mark.django_db
 
@@ -507,9 +508,49 @@ def test_what_was_asked_for_since_and_was_started_again_itself_ends_the_wish_too
     assert (died.desired, again.status) == (Desired.STOPPED, Status.READY)
 
 
+def test_a_restart_waits_for_a_card_that_is_missing_and_for_cards_that_cannot_be_read(quad: Any) -> None:
+    """As after a power cut or an upgrade of the driver: nobody is there for an hour, then all is well again."""
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    quad.gpus.filter(index__in=(1, 3)).update(present=False)
+    for _ in range(5):
+        decision = looked(died)
+        assert (decision.act, decision.at) == (Act.WAIT, None)
+        assert decision.why == "restart 1 of 3 waits: GPUs 1 and 3 are missing"
+    quad.gpus.update(present=True)
+    hardware_failed(quad, "nvml", "Driver/library version mismatch. Restart the machine.")
+    assert looked(died).why == "restart 1 of 3 waits: the cards cannot be read"
+    assert coming_back(died) == "The panel starts it again, but not yet: the cards cannot be read."
+    assert not Job.objects.exists()
+    Rig.objects.update(hardware_error="")
+    assert looked(died).act == Act.RESTART
+
+
+def test_a_restart_that_fits_without_the_missing_card_does_not_wait_for_it(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 2, 3))
+    quad.gpus.filter(index=3).update(present=False)
+    assert looked(died).act == Act.RESTART
+
+
+def test_what_needs_no_card_is_restarted_while_these_cannot_be_read(quad: Any) -> None:
+    on_cpu = llama_cpp_profile("gemma").current
+    died = wanted(Deployment.objects.create(rig=quad, version=on_cpu, served_name="gemma", status=Status.READY))
+    hardware_failed(quad, "nvml", "Driver/library version mismatch. Restart the machine.")
+    assert looked(died).act == Act.RESTART
+
+
+def test_a_card_that_another_replaced_while_a_switch_was_under_way_is_named_as_gone(quad: Any) -> None:
+    version = simulated_profile("coder", tp=2).current
+    before = plan(version, quad)
+    assert before.replica_gpus == (tuple(quad.gpus.get(index=index).pk for index in (0, 1)),)
+    quad.gpus.filter(index=1).update(present=False, retired_at=timezone.now())
+    assert placed(plan(version, quad), before.replica_gpus).problems == (
+        "A card on which it was to lie is not in this rig any more.",
+    )
+
+
 def test_a_restart_that_cannot_be_planned_is_tried_again_within_its_budget(quad: Any) -> None:
     died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
-    quad.gpus.filter(index=3).update(present=False)
+    quad.gpus.filter(index=3).update(present=False, retired_at=timezone.now())
     for tries in (1, 2, 3):
         assert looked(died).act == Act.RESTART
         assert "cannot start on" in run(its_restart()).summary

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from django.test import Client
+from django.utils import timezone
 
 from apps.common.actors import COMMAND_LINE
 from apps.profiles.forms import options_text, parse_options
@@ -48,6 +49,17 @@ def test_the_page_shows_the_exact_line_without_the_flags_that_the_guide_got_wron
     preview_text = page.partition("<pre")[2].partition("</pre>")[0]
     for words in ("--quantization", "--swap-space", "--api-key", "a-key-of-its-own"):
         assert words not in preview_text
+
+
+def test_cards_that_others_have_replaced_are_not_told_as_missing(rig: Any) -> None:
+    load_shipped()
+    version = profile_get("mixtral-8x22b-tp4").current
+    rig.gpus.filter(index=3).update(present=False)
+    assert "(GPU 3 is missing)" in preview(version, rig, rig_facts(rig)).problem
+    rig.gpus.filter(index=3).update(retired_at=timezone.now())
+    assert preview(version, rig, rig_facts(rig)).problem == (
+        "This layout needs 4 GPUs; the rig has only 3. Choose a smaller layout."
+    )
 
 
 def test_two_replicas_are_previewed_on_the_two_bridged_pairs(rig: Any) -> None:
