@@ -115,6 +115,8 @@ def plan(version: ProfileVersion, rig: Rig, *, exclusive: bool = False, advise: 
     facts = with_readings(rig_facts(rig), frame)
     chosen_cards: tuple[Card, ...] = ()
     if version.device == Device.GPU:
+        if rig.hardware_error:  # the rows tell what was there once; an engine that finds no driver dies at once
+            problems.append(f"The cards cannot be read: {rig.hardware_error}")
         theirs = [r for r in held if r.replica.deployment_id not in replaced]
         try:
             placement = place(

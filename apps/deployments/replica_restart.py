@@ -17,6 +17,7 @@ from apps.audit.services import record
 from apps.common.actors import PANEL
 from apps.common.realtime import page_changed
 from apps.deployments import launching, probing, routes
+from apps.deployments.cards_there import cards_lacking
 from apps.deployments.decide import Decision, ReplicaSeen
 from apps.deployments.memory import wait_for_memory
 from apps.deployments.models import SERVING, Deployment, Desired, Replica, Status
@@ -72,6 +73,7 @@ def with_its_tries(deployment: Deployment, seen: tuple[ReplicaSeen, ...]) -> tup
     jobs = Job.objects.filter(kind=REPLICA_RESTART, deployment_id=deployment.pk, superseded_by=None)
     tries = list(jobs.exclude(state__in=LIVE_STATES).order_by("-pk")[:100])
     paused, cards, found = paused_cards(deployment.rig), cards_of(deployment), []
+    lacking = cards_lacking(deployment.version, deployment.rig)
     for one in seen:
         its = [job for job in tries if job.params["replica"] == one.index]
         last = its[0] if its else None
@@ -82,7 +84,7 @@ def with_its_tries(deployment: Deployment, seen: tuple[ReplicaSeen, ...]) -> tup
                 restarts=tuple(job.created_at for job in its),
                 tried_at=last.finished_at if last else None,
                 cancelled=last.cancel_requested_by if last and last.state == JobState.CANCELLED else "",
-                paused=pause_words(resting, deployment.rig) if resting else "",
+                paused=pause_words(resting, deployment.rig) if resting else lacking,
             )
         )
     return tuple(found)

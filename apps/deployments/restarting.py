@@ -15,6 +15,7 @@ from django.utils import timezone
 
 from apps.common.actors import PANEL
 from apps.deployments import routes
+from apps.deployments.cards_there import cards_lacking
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
 from apps.deployments.giving_up import claim, give_up
 from apps.deployments.models import (
@@ -31,8 +32,6 @@ from apps.jobs.estimates import typical_seconds
 from apps.jobs.models import LIVE_STATES, Job, JobState
 from apps.jobs.services import job_create
 from apps.profiles.models import Profile
-from apps.profiles.placement import named
-from apps.profiles.preview import rig_facts
 from apps.rigs.models import Rig
 
 REPLICA_RESTART = "restart"  # the kind of job that starts one replica again while the others serve
@@ -98,26 +97,11 @@ def coming_back(deployment: Deployment) -> str:
 
 def _hindered(deployment: Deployment) -> tuple[str, str]:
     """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
-    if lacking := _cards_lacking(deployment):
+    if lacking := cards_lacking(deployment.version, deployment.rig):
         return lacking, ""
     rig = deployment.rig
     verdict = switch_verdict(deployment.version, rig, asker=Asker.RESTART, asker_pk=None)
     return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by)) if verdict.taken_by else ""
-
-
-def _cards_lacking(deployment: Deployment) -> str:
-    """Why it cannot start whoever asks, until somebody has been at the machine: after a power cut a card is missing,
-    after an upgrade the driver does not answer. Tries would use up its budget and leave the rig empty after the repair."""
-    needed, rig = deployment.version.gpus_needed, deployment.rig
-    if not needed:
-        return ""
-    if rig.hardware_error:
-        return "the cards cannot be read"
-    cards = rig_facts(rig).cards
-    missing = [card for card in cards if not card.present]
-    if len(cards) - len(missing) < needed <= len(cards):
-        return f"{named(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    return ""
 
 
 def _asked_for_since(deployment: Deployment, profiles: Collection[int]) -> list[str]:

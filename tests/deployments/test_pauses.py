@@ -525,6 +525,25 @@ def test_a_restart_waits_for_a_card_that_is_missing_and_for_cards_that_cannot_be
     assert looked(died).act == Act.RESTART
 
 
+def test_while_the_cards_cannot_be_read_nothing_is_switched_to_them_and_the_wish_stays(quad: Any, begun: Begun) -> None:
+    """The way home and the calendar try all night; what they would start there would die, and end the wish."""
+    died = wanted(lies_on(quad, "coder", 0, 1))
+    beside = lies_on(quad, "beside", 2, 3)
+    hardware_failed(quad, "nvml", "Driver/library version mismatch. Restart the machine.")
+    for profile in (died.version.profile, simulated_profile("whole", tp=4)):
+        job = begun(switch_request(profile=profile, actor=PANEL, rig=quad, asker=Asker.CLOCK))
+        assert job.summary == (
+            f"{profile} cannot start on {quad}: The cards cannot be read: "
+            "Driver/library version mismatch. Restart the machine. Nothing was stopped."
+        )
+    beside.refresh_from_db()
+    assert beside.status == Status.READY
+    assert looked(died).why == "restart 1 of 3 waits: the cards cannot be read"
+    assert not any("cards" in problem for problem in plan(llama_cpp_profile("gemma").current, quad).problems)
+    Rig.objects.update(hardware_error="")
+    assert looked(died).act == Act.RESTART
+
+
 def test_a_restart_that_fits_without_the_missing_card_does_not_wait_for_it(quad: Any) -> None:
     died = wanted(lies_on(quad, "coder", 2, 3))
     quad.gpus.filter(index=3).update(present=False)

@@ -20,6 +20,8 @@ from apps.jobs.models import LIVE_STATES, Job, JobState
 from apps.jobs.runner import JobContext, job_claim
 from apps.jobs.services import job_cancel, job_finish
 from apps.profiles.models import Profile
+from apps.rigs.models import Rig
+from apps.rigs.services import hardware_failed
 from apps.runners.protocol import ProcessState
 from tests.deployments.test_switch import PATIENCE_SECONDS, engine_pids, eventually, run, serving
 from tests.factories.profiles import simulated_profile
@@ -129,6 +131,18 @@ def test_after_its_budget_it_waits_and_the_deployment_says_so(twins: Profile, mo
     reconcile()
     assert AuditEntry.objects.filter(action="deployment.given_up").count() == 1
     assert targets() == 1
+
+
+def test_while_the_cards_cannot_be_read_it_waits_without_using_up_its_tries(twins: Profile) -> None:
+    hardware_failed(deployment().rig, "", "The driver does not answer.")
+    kill(1)
+    for _ in range(5):
+        reconcile()
+    assert deployment().status == Status.DEGRADED
+    assert not Job.objects.filter(kind="restart").exists()
+    Rig.objects.update(hardware_error="")
+    reconcile()
+    assert run(Job.objects.get(kind="restart")).state == JobState.SUCCEEDED
 
 
 def test_restarts_that_are_off_leave_it_degraded(twins: Profile) -> None:
