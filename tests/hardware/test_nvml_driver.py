@@ -342,6 +342,34 @@ def test_a_bridge_with_one_lost_card_is_told_by_the_other() -> None:
     assert links_from_lanes({"GPU-1": lanes}) == (Link("GPU-1", "GPU-0", 0, 4, None),)
 
 
+def switched(number: int, lanes: int = 18) -> dict[Any, Any]:
+    """A card whose lanes end at an NVSwitch, as two H200s in a virtual machine told under driver 580."""
+    card = geforce(number, None)
+    for lane in range(lanes):
+        card[("nvmlDeviceGetNvLinkState", lane)] = 1
+        card[("nvmlDeviceGetNvLinkRemotePciInfo", lane)] = SimpleNamespace(busId="FFFFFFFF:FF:FF.0")
+        card[("nvmlDeviceGetNvLinkRemoteDeviceType", lane)] = 2
+        card["fields"][(pynvml.NVML_FI_DEV_NVLINK_GET_SPEED, lane)] = uint(26562)
+    card[("nvmlDeviceGetNvLinkState", lanes)] = Refuse(INVALID)
+    return card
+
+
+def test_a_switch_connects_each_card_with_each_other() -> None:
+    bench = Bench(switched(0), switched(1), switched(2, lanes=16), geforce(3, None))
+    assert bench.driver.inventory().links == (
+        Link("GPU-0", "GPU-1", 18, 18, 26.562),
+        Link("GPU-0", "GPU-2", 16, 16, 26.562),
+        Link("GPU-1", "GPU-2", 16, 16, 26.562),
+    )
+    for lane in range(18):
+        bench.library.cards[0]["nvmlDeviceGetNvLinkState", lane] = 0
+    assert bench.driver.inventory().links[0] == Link("GPU-0", "GPU-1", 0, 18, None)
+
+
+def test_a_single_card_at_a_switch_leads_nowhere() -> None:
+    assert Bench(switched(0)).driver.inventory().links == (Link("GPU-0", None, 18, 18, 26.562),)
+
+
 def test_the_numa_node_comes_from_the_kernel_and_minus_one_is_unknown(tmp_path: Path) -> None:
     for address, node in (("0000:09:00.0", "1"), ("0000:0a:00.0", "-1")):
         device = tmp_path / "bus" / "pci" / "devices" / address

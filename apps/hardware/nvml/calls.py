@@ -58,6 +58,7 @@ MEMORY_INFO_V2 = pynvml.nvmlMemory_v2
 ENABLED = pynvml.NVML_FEATURE_ENABLED
 PERFORMANCE_STATE_UNKNOWN = pynvml.NVML_PSTATE_UNKNOWN
 NVLINK_LANES_MAX = pynvml.NVML_NVLINK_MAX_LINKS
+NVLINK_SWITCH = pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH  # what a lane's far end is
 
 
 def nvlink_sent(lane: int) -> Field:

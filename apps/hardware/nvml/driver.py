@@ -71,6 +71,7 @@ class _Card:
     # by counter: its last raw value, and the bytes of the rounds before
     wrapping: dict[calls.Field, tuple[int, int]] = field(default_factory=dict)
     lane_peers: dict[int, str] = field(default_factory=dict)  # lane to PCI bus id
+    switch_lanes: set[int] = field(default_factory=set)
 
 
 class NvmlDriver:
@@ -220,8 +221,14 @@ class NvmlDriver:
                 card.lane_peers[number] = _bus_key(str(remote.busId))
             # An inactive lane does not name its far end, so the one it had before counts.
             peer = uuids.get(card.lane_peers.get(number, ""))
-            lanes.append(Lane(active, peer, self._lane_speed(card, number) if active else None))
+            if active and peer is None and self._ends_at_switch(card, number):
+                card.switch_lanes.add(number)
+            speed = self._lane_speed(card, number) if active else None
+            lanes.append(Lane(active, peer, speed, to_switch=number in card.switch_lanes))
         return lanes
+
+    def _ends_at_switch(self, card: _Card, lane: int) -> bool:
+        return bool(card.handle.ask("nvmlDeviceGetNvLinkRemoteDeviceType", lane) == calls.NVLINK_SWITCH)
 
     def _lane_speed(self, card: _Card, lane: int) -> float | None:
         """GB/s, each way."""
