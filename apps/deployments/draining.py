@@ -10,9 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from apps.accounts.models import User
 from apps.common.roles import Role
 from apps.deployments import routes
 from apps.deployments.models import Deployment
+from apps.deployments.policies.decide import Asker
 from apps.deployments.signals import streams_asked
 from apps.jobs.handlers import JobFailed
 from apps.jobs.models import Job
@@ -24,8 +26,13 @@ NAMES_MAX = 5
 
 
 def may_cut(job: Job) -> bool:
-    """What the panel or the command line does carries the right; of people, operators have it."""
-    return job.user is None or job.user.has_role(Role.OPERATOR)
+    """What the panel or the command line does carries the right; of people, operators have it. A switch belongs to
+    whoever asked for it last; a guest at the gateway has no account and the rights of a member."""
+    asked = job.data.get("leave") or {"asker_pk": job.user_id}
+    if asked.get("asker_pk") is None:
+        return asked.get("asker") not in (Asker.MEMBER, Asker.AUTOMATIC)
+    user = User.objects.filter(pk=asked["asker_pk"]).first()
+    return user is not None and user.has_role(Role.OPERATOR)
 
 
 def drain(ctx: JobContext, deployment_ids: Sequence[int], limit_seconds: float = DRAIN_SECONDS) -> str:
