@@ -46,13 +46,7 @@ def _by_exit_code(log: str, exit_code: int | None, engine: str) -> Diagnosis:
     if exit_code < 0:
         name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else str(-exit_code)
         if exit_code == -signal.SIGKILL:
-            return Diagnosis(
-                Cause.KILLED,
-                f"{engine} was killed (SIGKILL): most often by the kernel because the host ran out of "
-                "memory, or by a person.",
-                evidence,
-                "Look for 'Out of memory' in the kernel log, and leave more host memory free.",
-            )
+            return killed(engine, evidence)
         if exit_code == -signal.SIGTERM:
             return Diagnosis(Cause.KILLED, f"{engine} was asked to stop ({name}).", evidence)
         return Diagnosis(
@@ -67,6 +61,15 @@ def _by_exit_code(log: str, exit_code: int | None, engine: str) -> Diagnosis:
         Cause.UNKNOWN,
         f"{engine} ended with exit code {exit_code} for a reason that is not recognised; read the end of its log.",
         evidence,
+    )
+
+
+def killed(who: str, evidence: tuple[str, ...] = ()) -> Diagnosis:
+    return Diagnosis(
+        Cause.KILLED,
+        f"{who} was killed (SIGKILL): most often by the kernel because the host ran out of memory, or by a person.",
+        evidence,
+        "Look for 'Out of memory' in the kernel log, and leave more host memory free.",
     )
 
 

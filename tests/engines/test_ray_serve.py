@@ -300,6 +300,19 @@ FAILURES = [
         Cause.CRASHED,
         "SIGILL",
     ),
+    (
+        "(pid 6) (EngineCore pid=7) ERROR 11-26 11:31:21 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
+        "unexpectedly (exit code: -9), shutting down executor.\n(pid 6) vllm.v1.engine.exceptions.EngineDeadError: x\n",
+        Cause.KILLED,
+        "killed (SIGKILL)",
+    ),
+    (  # Ray says itself whom it ended, and vLLM sees no more than the signal
+        "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n"
+        "(pid 6) (EngineCore pid=7) ERROR 11-26 11:31:21 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
+        "unexpectedly (exit code: -9), shutting down executor.\n",
+        Cause.KILLED,
+        "Ray ended a replica",
+    ),
 ]
 
 

@@ -304,6 +304,20 @@ FAILURES = [
     ("/opt/vllm/bin/python: No module named 'vllm'", 1, Cause.ENGINE_MISSING, {}),
     # kill -9 of the engine's own process: the server leaves with 0
     ("vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.", 0, Cause.CRASHED, {}),
+    # 0.32's sources: the kernel ends a process of vLLM's own, and the server leaves with 1
+    (
+        "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor.\n"
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
+        1,
+        Cause.KILLED,
+        {},
+    ),
+    ("RuntimeError: See root cause above. Failed core proc(s): {'EngineCore_DP0': -9}", 1, Cause.KILLED, {}),
+    ("RuntimeError: Failed core proc(s): {'EngineCore_DP0': 1, 'EngineCore_DP1': -9}", 1, Cause.KILLED, {}),
+    ("RuntimeError: See root cause above. Failed frontend proc(s): {'ApiServer_1': -9}", 1, Cause.KILLED, {}),
+    ("RuntimeError: Process ApiServer_1 (PID: 612) died with exit code -9", 1, Cause.KILLED, {}),
+    ("Worker proc VllmWorker-1 died unexpectedly (exit code: -6), shutting down executor.", 1, Cause.CRASHED, {}),
+    ("RuntimeError: Failed core proc(s): {'EngineCore_DP0': -91}", 1, Cause.UNKNOWN, {}),
     ("INFO everything is fine", -9, Cause.KILLED, {}),
     ("INFO everything is fine", -11, Cause.CRASHED, {}),
     ("", 1, Cause.UNKNOWN, {}),
@@ -324,8 +338,17 @@ def test_a_failure_is_recognised_below_its_wrapper(
     found = adapter.diagnose(log, exit_code)
     assert (found.cause, dict(found.suggested_options)) == (cause, suggested)
     assert found.summary.endswith((".", ")")) or found.cause is Cause.WRONG_QUANTIZATION
-    if cause not in (Cause.UNKNOWN, Cause.KILLED) and exit_code >= 0:
+    if cause is not Cause.UNKNOWN and exit_code >= 0:
         assert any(line[:60] in shown for shown in found.evidence)
+
+
+def test_a_process_that_the_kernel_ended_is_no_crash_and_does_not_hide_a_reason_above_it() -> None:
+    killed = "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down\n"
+    found = adapter.diagnose(killed, 1)
+    assert found.cause is Cause.KILLED
+    assert "SIGKILL" in found.summary
+    assert "kernel log" in found.suggestion
+    assert adapter.diagnose("torch.OutOfMemoryError: CUDA out of memory.\n" + killed, 1).cause is Cause.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize(

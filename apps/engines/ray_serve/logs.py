@@ -140,9 +140,9 @@ TABLE: Table = (
         ),
         _port,
     ),
+    (re.compile(r"ray\.exceptions\.OutOfMemoryError|killed due to the node running low on memory"), _kernel_memory),
     (re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -4\)"), _illegal_instruction),
     *VLLM_TABLE,
-    (re.compile(r"ray\.exceptions\.OutOfMemoryError|killed due to the node running low on memory"), _kernel_memory),
     (
         re.compile(r"failed: Ray found no place for a replica\.(?: It needs, on one raylet: ([^\n]*))?"),
         _no_place,

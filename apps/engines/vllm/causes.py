@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from apps.engines.diagnosis import DISK_FULL_ROW, Table, words
+from apps.engines.diagnosis import DISK_FULL_ROW, Table, killed, words
 from apps.engines.protocol import Cause, Diagnosis
 from apps.engines.vllm.memory_causes import MEMORY
 
@@ -183,6 +183,11 @@ _nccl = words(
     disable_custom_all_reduce=True,
 )
 
+
+def _process_killed(match: re.Match[str]) -> Diagnosis:
+    return killed("One of vLLM's own processes")
+
+
 _engine_died = words(
     Cause.CRASHED,
     "One of vLLM's own processes died, and the server gave up.",
@@ -299,6 +304,14 @@ TABLE: Table = (
             r"size)[^\n]*"
         ),
         _indivisible,
+    ),
+    # Above NCCL: a peer that was killed breaks the exchange of the others.
+    (
+        re.compile(
+            r"Worker proc \S+ died unexpectedly \(exit code: -9\)|Process \S+ \(PID: \d+\) died with exit code -9\b|"
+            r"[Ff]ailed (?:core|frontend) proc\(s\): \{[^}\n]*: -9\b"
+        ),
+        _process_killed,
     ),
     (
         re.compile(r"NCCL error[^\n]*|ncclSystemError|ncclInternalError|ncclUnhandledCudaError|ncclRemoteError"),
