@@ -203,6 +203,17 @@ def test_a_secret_reaches_the_engine_and_nothing_else(runner: ProcessRunner) -> 
     assert stat.S_IMODE(Path(handle.directory).stat().st_mode) == 0o700
 
 
+def test_what_a_machine_rules_out_for_its_nvlinks_reaches_the_engine(
+    runner: ProcessRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruled_out = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+    for name, value in ruled_out.items():
+        monkeypatch.setenv(name, value)
+    handle = runner.launch(python(f"import os; print([os.environ.get(n) for n in {list(ruled_out)}])"))
+    wait_until(lambda: "]" in runner.logs(handle).text)
+    assert "['0', '1', '1']" in runner.logs(handle).text
+
+
 def test_the_panels_own_environment_does_not_reach_the_engine(
     runner: ProcessRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
