@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from apps.deployments.models import LIVE, WHOLE_CARD, GpuReservation
 from apps.profiles.models import ProfileVersion
 from apps.profiles.placement import named
 from apps.profiles.preview import rig_facts
 from apps.rigs.models import Rig
+from apps.rigs.selectors import gpu_list
 
 
 def cards_lacking(version: ProfileVersion, rig: Rig) -> str:
@@ -22,3 +24,15 @@ def cards_lacking(version: ProfileVersion, rig: Rig) -> str:
     if len(cards) - len(missing) < needed <= len(cards):
         return f"{named(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     return ""
+
+
+def would_fit_beside(version: ProfileVersion, rig: Rig) -> bool:
+    """Whether there would be cards for it beside those that are taken, were none missing."""
+    taken = GpuReservation.objects.filter(
+        rig=rig,
+        gpu__retired_at=None,
+        slot=WHOLE_CARD,
+        released_at=None,
+        replica__deployment__status__in=LIVE,
+    )
+    return gpu_list(rig).count() - taken.values("gpu").distinct().count() >= version.gpus_needed

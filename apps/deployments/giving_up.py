@@ -8,6 +8,7 @@ from apps.audit.services import record
 from apps.common.actors import PANEL
 from apps.common.realtime import page_changed
 from apps.deployments import routes
+from apps.deployments.cards_there import cards_lacking, would_fit_beside
 from apps.deployments.models import COMES_BACK, Deployment, Desired
 from apps.deployments.policies.decide import Asker
 from apps.deployments.policies.verdicts import switch_verdict
@@ -36,12 +37,19 @@ def give_up_for(target: Deployment, *, alone: bool) -> list[str]:
     names = []
     others = Deployment.objects.filter(COMES_BACK, rig=target.rig).exclude(version__profile=target.version.profile_id)
     for died in others.select_related("version__profile", "version__model", "rig"):
-        if not alone:
-            verdict = switch_verdict(died.version, died.rig, asker=Asker.RESTART, asker_pk=None)
-            if target.version.profile_id not in verdict.taken_by:
-                continue
+        if not alone and not _runs_in_the_place_of(died, target):
+            continue
         how = "is to run alone" if alone else "runs in its place"
         give_up(died, f"{target.profile_name} was asked for since and {how}.")
         routes.end_wait_for_restart(died)
         names.append(died.profile_name)
     return names
+
+
+def _runs_in_the_place_of(died: Deployment, target: Deployment) -> bool:
+    version, rig = died.version, died.rig
+    verdict = switch_verdict(version, rig, asker=Asker.RESTART, asker_pk=None)
+    if target.version.profile_id in verdict.taken_by:
+        return True
+    # No plan says where it would lie now; it lay there before the card went.
+    return bool(cards_lacking(version, rig) and target.version.gpus_needed) and not would_fit_beside(version, rig)

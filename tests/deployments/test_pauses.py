@@ -19,6 +19,7 @@ from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Conflict
 from apps.deployments import guard, switch_forward
 from apps.deployments.decide import Act, Decision
+from apps.deployments.giving_up import give_up_for
 from apps.deployments.guard import HOT_SECONDS
 from apps.deployments.models import (
     SLEEPER,
@@ -542,6 +543,29 @@ def test_while_the_cards_cannot_be_read_nothing_is_switched_to_them_and_the_wish
     assert not any("cards" in problem for problem in plan(llama_cpp_profile("gemma").current, quad).problems)
     Rig.objects.update(hardware_error="")
     assert looked(died).act == Act.RESTART
+
+
+def test_what_is_asked_for_in_place_of_what_waits_for_a_card_ends_its_wish(quad: Any) -> None:
+    """With the card it would have run there, and the switch would have ended it."""
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    quad.gpus.filter(index=3).update(present=False)
+    asked = lies_on(quad, "others", 0, 1)
+    assert give_up_for(asked, alone=False) == ["Coder"]
+    end(asked)
+    quad.gpus.update(present=True)
+    assert looked(died).act == Act.LEAVE
+    assert died.status_reason == "Its engine died. Others was asked for since and runs in its place."
+
+
+def test_what_is_asked_for_beside_what_waits_for_a_card_leaves_it_its_wish(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2))
+    quad.gpus.filter(index__in=(0, 1)).update(present=False)
+    on_cpu = Deployment.objects.create(rig=quad, version=llama_cpp_profile("gemma").current, served_name="gemma")
+    for asked in (on_cpu, lies_on(quad, "others", 3)):
+        assert give_up_for(asked, alone=False) == []
+    assert give_up_for(lies_on(quad, "more", 2), alone=False) == ["Coder"]
+    died.refresh_from_db()
+    assert died.desired == Desired.STOPPED
 
 
 def test_a_restart_that_fits_without_the_missing_card_does_not_wait_for_it(quad: Any) -> None:
