@@ -161,8 +161,10 @@ def wake_up(deployment: Deployment) -> str:
     slot = CPU_SLOT if deployment.version.device == Device.CPU else WHOLE_CARD
     try:
         with transaction.atomic():
+            asleep = Deployment.objects.filter(pk=deployment.pk, status=Status.SLEEPING)
+            if asleep.update(desired=Desired.SERVING) != 1:
+                raise SleepFailed("it has ended meanwhile")  # its engine died, or an earlier try gave it up
             GpuReservation.objects.filter(replica__deployment=deployment, released_at=None).update(slot=slot)
-            Deployment.objects.filter(pk=deployment.pk).update(desired=Desired.SERVING)
     except IntegrityError:
         raise JobFailed("Another deployment took one of its cards in this moment; try again.") from None
     _each(deployment, engine.wake_path, SLEEP_SECONDS, asleep=False, engine=engine)

@@ -37,16 +37,17 @@ def clean_up(ctx: JobContext) -> str:
         _give_the_wish_back(ctx)
         return "nothing was started"
     target = target_of(ctx)
+    failure = ctx.job.failure or {}
+    cancelled = failure.get("state") == "cancelled"
+    why = str(failure.get("message", ""))
+    # Also of one that was woken and that the reconciler found dead meanwhile: its wish would outlive the switch.
+    if cancelled or "restart_of" not in ctx.job.data:  # a restart that failed is tried again, as its policy says
+        Deployment.objects.filter(pk=target.pk).update(desired=Desired.STOPPED)
     if target.status not in LIVE:
         return "nothing runs"
     if ctx.job.data.get("wake") and sleeping.is_at_rest(target):
         _give_the_wish_back(ctx)
         return "it sleeps on"
-    failure = ctx.job.failure or {}
-    cancelled = failure.get("state") == "cancelled"
-    why = str(failure.get("message", ""))
-    if cancelled or "restart_of" not in ctx.job.data:  # a restart that failed is tried again, as its policy says
-        Deployment.objects.filter(pk=target.pk).update(desired=Desired.STOPPED)
     if not cancelled:
         evidence = {"log_tail": "\n".join(launching.log_tail(r) for r in target.replicas.all())}
         evidence.update(failure.get("evidence") or {})

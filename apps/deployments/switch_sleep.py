@@ -9,9 +9,10 @@ from django.db import transaction
 
 from apps.deployments import launching, sleeping
 from apps.deployments.memory import wait_for_memory
-from apps.deployments.models import CPU_SLOT, LIVE, SERVING, WHOLE_CARD, Deployment, Desired, Status
+from apps.deployments.models import CPU_SLOT, LIVE, SERVING, WHOLE_CARD, Deployment, Status
 from apps.deployments.plan import Plan, plan
 from apps.deployments.status import deployment_transition
+from apps.deployments.stop import stop_now
 from apps.jobs.handlers import JobFailed
 from apps.jobs.runner import JobContext
 from apps.profiles.models import Device, ProfileVersion
@@ -153,11 +154,7 @@ def lay_down(ctx: JobContext, deployment: Deployment, target: Deployment, why: s
 
 def start_cold_instead(ctx: JobContext, sleeper: Deployment) -> None:
     """A sleeper that does not wake ends; a new deployment of the same version takes its place in this switch."""
-    why = "it did not wake up"
-    Deployment.objects.filter(pk=sleeper.pk).update(desired=Desired.STOPPED)
-    deployment_transition(sleeper, Status.STOPPING, why)
-    launching.stop_processes(sleeper)
-    deployment_transition(sleeper, Status.STOPPED, why)
+    stop_now(sleeper, "it did not wake up")
     with transaction.atomic():
         target = Deployment.objects.create(
             rig=sleeper.rig,

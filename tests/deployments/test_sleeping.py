@@ -35,7 +35,7 @@ from apps.deployments.reconcile import reconcile
 from apps.deployments.restarting import look_at_failed, policy_of
 from apps.deployments.routes import route_table
 from apps.deployments.services import stop_request, switch_request
-from apps.jobs.handlers import JobFailed
+from apps.jobs.handlers import JobFailed, LeaseLost
 from apps.jobs.models import LIVE_STATES, Job, JobState, StepState
 from apps.profiles.models import Profile
 from apps.rigs.models import Gpu
@@ -367,6 +367,109 @@ def test_a_sleeper_that_does_not_wake_is_started_cold_in_the_same_switch(switch:
     assert any("did not wake (HTTP 500" in line.text for line in job.log_lines.all())
     old.refresh_from_db()
     assert (old.status, status("day"), status("night")) == (Status.STOPPED, Status.READY, Status.SLEEPING)
+
+
+def dies(which: Deployment) -> None:
+    """Its engine ends, and the reconciler is the first who knows."""
+    launching.stop_processes(which)
+    reconcile()
+    which.refresh_from_db()
+    assert which.status == Status.FAILED
+
+
+def test_a_sleeper_that_dies_while_the_switch_to_it_drains_is_started_cold(
+    switch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    old = deployment("day")
+    really = switch_forward.drain
+
+    def meanwhile(*args: Any, **more: Any) -> str:
+        dies(old)
+        return really(*args, **more)
+
+    monkeypatch.setattr(switch_forward, "drain", meanwhile)
+    job = switch(day)
+    assert any("did not wake (it has ended meanwhile)" in line.text for line in job.log_lines.all())
+    old.refresh_from_db()
+    assert (old.status, old.desired) == (Status.FAILED, "stopped")
+    assert (status("day"), status("night")) == (Status.READY, Status.SLEEPING)
+
+
+def test_a_sleeper_that_is_found_dead_while_it_is_woken_is_started_cold(
+    switch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day, night = sleeper("day"), sleeper("night")
+    switch(day)
+    switch(night)
+    old = deployment("day")
+
+    def wake_up(_: Deployment) -> str:
+        dies(deployment("day"))
+        raise sleeping.SleepFailed("connection refused")
+
+    monkeypatch.setattr(sleeping, "wake_up", wake_up)
+    switch(day)
+    old.refresh_from_db()
+    assert (old.status, old.desired) == (Status.FAILED, "stopped")
+    assert (status("day"), status("night")) == (Status.READY, Status.SLEEPING)
+
+
+def test_one_that_was_woken_and_dies_before_it_answers_is_not_wanted_afterwards(
+    switch: Any, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day = sleeper("day")
+    switch(day)
+    switch(sleeper("night"))
+    old = deployment("day")
+    really = switch_forward.smoke
+
+    def die_first(which: Deployment, *args: Any) -> str:
+        dies(deployment("day"))
+        return really(which, *args)
+
+    monkeypatch.setattr(switch_forward, "smoke", die_first)
+    job = run(switch_request(profile=day, actor=actor_of(alice)))
+    assert job.state == JobState.FAILED
+    assert job.summary.endswith("Brought back Night.")
+    old.refresh_from_db()
+    assert (old.status, old.desired) == (Status.FAILED, "stopped")
+    assert status("night") == Status.READY
+
+
+def before_it_stopped(patch: pytest.MonkeyPatch, kill: Callable[..., Any]) -> None:
+    patch.setattr(launching, "stop_processes", kill)
+
+
+def after_it_stopped(patch: pytest.MonkeyPatch, kill: Callable[..., Any]) -> None:
+    patch.setattr(Deployment.objects, "create", kill)
+
+
+@pytest.mark.parametrize("when", [before_it_stopped, after_it_stopped])
+def test_a_worker_killed_while_it_ends_a_sleeper_that_did_not_wake_is_carried_on(
+    switch: Any, alice: Any, monkeypatch: pytest.MonkeyPatch, when: Callable[..., None]
+) -> None:
+    day = sleeper("day", fail_wake=True)
+    monkeypatch.setattr(sleeping, "first_sleep", lambda *_: None)  # where it would be found out
+    switch(day)
+    switch(sleeper("night"))
+    old = deployment("day")
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise LeaseLost
+
+    job = switch_request(profile=day, actor=actor_of(alice))
+    with monkeypatch.context() as patch:
+        when(patch, kill)
+        assert run(job).state == JobState.RUNNING
+    Job.objects.filter(pk=job.pk).update(lease_owner="elsewhere:1:tx-1:y", lease_until=timezone.now())
+    assert run(job).state == JobState.SUCCEEDED, job.result
+    old.refresh_from_db()
+    assert (old.status, old.desired) == (Status.STOPPED, "stopped")
+    assert deployment("day").pk != old.pk
+    assert status("day") == Status.READY
 
 
 def test_a_new_model_that_fails_wakes_what_it_had_put_to_sleep(switch: Any, sim_rig: Any, alice: Any) -> None:
