@@ -158,13 +158,18 @@ def check_database() -> None:
     except DatabaseError as error:
         which = f"The database in {settings.DATA_DIR}" if connection.vendor == "sqlite" else "The PostgreSQL database"
         raise NotStarted(f"{which} cannot be used: {_first_line(error)}") from None
-    known = set(loader.disk_migrations) | {old for m in loader.disk_migrations.values() for old in m.replaces}
+    known = known_migrations(loader)
     unknown = [f"{a}.{n}" for a, n in loader.applied_migrations if a in loader.migrated_apps and (a, n) not in known]
     if unknown:
         raise NotStarted(
             f"The database was used by a newer rigpanel (it knows {unknown[0]}, this one does not). "
             "Use that version again, or restore a backup made with this one."
         )
+
+
+def known_migrations(loader: MigrationLoader) -> set[tuple[str, str]]:
+    """App and name of all that ``migrate`` of this version records as applied."""
+    return set(loader.disk_migrations) | {old for m in loader.disk_migrations.values() for old in m.replaces}
 
 
 def _first_line(error: Exception) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sqlite3
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import backups
 from tests.panel import Panel
 
 pytestmark = pytest.mark.processes
@@ -82,20 +81,27 @@ def test_what_is_no_backup_or_of_another_schema_changes_nothing(panel: Panel, ot
     assert panel.manage("up", "--prepare-only", **OWNER).returncode == 0
     file, older = folder / "panel.tar.gz", folder / "older.tar.gz"
     assert panel.manage("backup", str(file)).returncode == 0
-    with tarfile.open(file) as source, tarfile.open(older, "w:gz") as target:
-        for member in source.getmembers():
-            content = source.extractfile(member)
-            assert content is not None
-            data = content.read()
-            if member.name == "manifest.json":
-                manifest = json.loads(data)
-                manifest["schema"] = manifest["schema"][1:]
-                (folder / "manifest.json").write_text(json.dumps(manifest))
-                target.add(folder / "manifest.json", "manifest.json")
-            else:
-                content.seek(0)
-                target.addfile(member, content)
+    backups.rewrite(file, older, backups.of_another_schema)
     answer = other.manage("restore", str(older))
     assert answer.returncode == 1
     assert "another schema" in answer.stderr
-    assert rows(other)["accounts_user"] == []
+    assert not (other.data / "rigpanel.sqlite3").exists()  # seen before anything is made
+
+
+def test_a_file_that_cannot_be_used_leaves_a_panel_in_use_as_it_was_also_with_force(panel: Panel, folder: Path) -> None:
+    file, bad = folder / "panel.tar.gz", folder / "bad.tar.gz"
+    assert panel.manage("up", "--prepare-only", **OWNER).returncode == 0
+    assert panel.manage("backup", str(file)).returncode == 0
+    assert panel.manage("createkey", "alice@lab.example", "--name", "later").returncode == 0
+    before, names = rows(panel), sorted(path.name for path in panel.data.iterdir())
+    secret = (panel.data / "secrets" / "secret_key").read_text()
+    for damage, words in backups.DAMAGES.items():
+        damage(file, bad)
+        answer = panel.manage("restore", str(bad), "--force")
+        assert answer.returncode == 1, damage.__name__
+        assert answer.stderr.startswith("rigpanel: nothing was restored: "), answer.stderr
+        assert words in answer.stderr.lower()
+        assert answer.stderr.count("\n") == 1, answer.stderr
+        assert rows(panel) == before, damage.__name__
+        assert sorted(path.name for path in panel.data.iterdir()) == names  # and nothing lies about
+    assert (panel.data / "secrets" / "secret_key").read_text() == secret

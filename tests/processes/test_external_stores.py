@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests import backups
 from tests.panel import Panel, wait_for
 
 DATABASE_URL = os.environ.get("RIGPANEL_TEST_DATABASE_URL", "")
@@ -64,3 +65,24 @@ def test_a_backup_of_sqlite_is_restored_into_postgresql_and_back(panel: Panel, e
     answer = external.manage("restore", str(second), "--force")
     assert answer.returncode == 0, answer.stderr
     assert external.manage("audit", "verify").returncode == 0
+
+
+def test_a_file_that_cannot_be_used_leaves_postgresql_as_it_was_also_with_force(external: Panel) -> None:
+    file, bad = external.directory / "panel.tar.gz", external.directory / "bad.tar.gz"
+    assert external.manage("up", "--prepare-only", **OWNER).returncode == 0
+    assert external.manage("backup", str(file)).returncode == 0
+    assert external.manage("createkey", "alice@lab.example", "--name", "later").returncode == 0
+    before = rows(external)
+    for damage in (backups.an_entry_twice, backups.without_the_last_row):
+        damage(file, bad)
+        answer = external.manage("restore", str(bad), "--force")
+        assert answer.returncode == 1
+        assert backups.DAMAGES[damage] in answer.stderr.lower()
+        assert rows(external) == before
+
+
+def rows(panel: Panel) -> dict[str, list[tuple[object, ...]]]:
+    """Every table of the panel."""
+    with psycopg.connect(panel.environment["RIGPANEL_DATABASE_URL"]) as connection:
+        tables = [r[0] for r in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        return {t: connection.execute(f'SELECT * FROM "{t}" ORDER BY 1').fetchall() for t in tables}

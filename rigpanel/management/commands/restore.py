@@ -14,7 +14,7 @@ from django.db import DatabaseError
 
 from apps.common.errors import ApplicationError
 from rigpanel import preflight
-from rigpanel.backup import NotRestored, has_accounts, is_empty, read_manifest, restore, set_aside
+from rigpanel.backup import NotRestored, examine, has_accounts, restore
 
 
 class Command(BaseCommand):
@@ -28,20 +28,17 @@ class Command(BaseCommand):
     def handle(self, *args: Any, file: Path, force: bool, **options: Any) -> None:
         logging.getLogger("apps.common.realtime").setLevel(logging.ERROR)  # the store is down: nobody listens
         try:
-            manifest = read_manifest(file)
             preflight.take_lock()  # kept until this process ends: nobody starts the panel meanwhile
+            manifest = examine(file)
             preflight.check_database()
             call_command("migrate", interactive=False, verbosity=0)
             if has_accounts() and not force:
                 raise NotRestored("This panel has accounts already; --force replaces it with the backup.")
-            if not is_empty():
-                if kept := set_aside():
-                    print(f"rigpanel: the database that was here is now {kept}")
-                call_command("migrate", interactive=False, verbosity=0)
-            rows = restore(file)
+            kept = restore(file, manifest)
         except (preflight.NotStarted, ApplicationError, DatabaseError, OSError) as error:
             print(f"rigpanel: nothing was restored: {str(error).splitlines()[0]}", file=sys.stderr)
             sys.exit(1)
-        print(
-            f"rigpanel: {rows} rows of {manifest['made_at'][:19].replace('T', ' ')} UTC are back. Start with `make up`."
-        )
+        if kept is not None:
+            print(f"rigpanel: the database that was here is now {kept}")
+        made_at = manifest["made_at"][:19].replace("T", " ")
+        print(f"rigpanel: {manifest['rows']} rows of {made_at} UTC are back. Start with `make up`.")
