@@ -27,6 +27,13 @@ from apps.jobs.models import Job
 from apps.jobs.runner import job_claim
 from tests.catalog.test_download import gguf, tensors
 
+DENSE = json.dumps(
+    [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ]
+).encode()
 INDEX = json.dumps({"weight_map": {"a": "one", "b": "two.safetensors"}}).encode()
 CONFIG = b'{"architectures": ["LlamaForCausalLM"]}'
 
@@ -77,6 +84,26 @@ def test_a_whole_folder_and_a_gguf_file_are_taken(tmp_path: Path) -> None:
         ({"model.safetensors": tensors(10)}, "no config.json"),
         ({"config.json": b"{", "model.safetensors": tensors(10)}, "cannot be read as JSON"),
         ({"config.json": CONFIG}, "no weights"),
+        (
+            {
+                "config.json": CONFIG,
+                "model.safetensors": tensors(10),
+                "modules.json": DENSE,
+                "1_Pooling/config.json": b"{}",
+                "2_Dense/config.json": b"{}",
+            },
+            "2_Dense holds no weights",
+        ),
+        (
+            {
+                "config.json": CONFIG,
+                "model.safetensors": tensors(10),
+                "modules.json": DENSE,
+                "2_Dense/config.json": b"{}",
+                "2_Dense/model.safetensors": tensors(10)[:-1],
+            },
+            "cut short",
+        ),
         ({"config.json": CONFIG, "model.safetensors": tensors(1000)[:-1]}, "cut short"),
         ({"config.json": CONFIG, "model.safetensors": b"<html>not found</html>"}, "damaged"),
         (
@@ -144,6 +171,46 @@ def test_a_repository_that_ships_its_weights_twice_gives_them_once() -> None:
         choose([RepoFile("README.md", 1)])
     with pytest.raises(NothingToChoose, match="not complete"):
         choose([RepoFile("x-Q4_0-00001-of-00003.gguf", 1)])
+
+
+def test_layers_behind_an_embedding_model_come_with_it() -> None:
+    """google/embeddinggemma-300m as the hub lists it: without its two Dense layers vLLM answers, and wrongly."""
+    small = ["config.json", "modules.json", "tokenizer.json", "1_Pooling/config.json", "2_Dense/config.json"]
+    layers = ["2_Dense/model.safetensors", "3_Dense/model.safetensors"]
+    others = ["2_Dense/pytorch_model.bin", "onnx/model.safetensors", "checkpoint/model.safetensors"]
+    chosen = choose([RepoFile(n, 10) for n in ["model.safetensors", *small, *layers, *others]])
+    assert [f.name for f in chosen.files] == ["model.safetensors", *layers, *small]
+    pickled = choose([RepoFile(n, 10) for n in ["pytorch_model.bin", *small, "2_Dense/pytorch_model.bin"]])
+    assert [f.name for f in pickled.files] == ["pytorch_model.bin", "2_Dense/pytorch_model.bin", *small]
+    plain = choose([RepoFile(n, 10) for n in ["model.safetensors", "config.json", *layers]])
+    assert [f.name for f in plain.files] == ["model.safetensors", "config.json"]  # no modules.json: nobody reads them
+
+
+def test_an_embedding_model_with_its_layers_is_taken(tmp_path: Path) -> None:
+    whole = {
+        "config.json": CONFIG,
+        "model.safetensors": tensors(10),
+        "modules.json": DENSE,
+        "2_Dense/config.json": b"{}",
+        "2_Dense/pytorch_model.bin": b"x",
+    }
+    assert look_at(str(put(tmp_path / "m", whole))).kind == "safetensors"
+    # Another form of the list, and a path that leads out, are no reason to refuse a model.
+    for modules in (b"{", b'{"modules": 3}', json.dumps([{"path": "../x", "type": "a.Dense"}, 7]).encode()):
+        assert look_at(str(put(tmp_path / "m", {"modules.json": modules}))).kind == "safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["consolidated.safetensors", "params.json", "tekken.json"], "Mistral's own form"),
+        (["model.safetensors", "tokenizer.json"], "no config.json"),
+        (["pytorch_model.bin", "tokenizer.json"], "no config.json"),
+    ],
+)
+def test_what_could_not_be_registered_afterwards_is_not_fetched(names: list[str], words: str) -> None:
+    with pytest.raises(NothingToChoose, match=words):
+        choose([RepoFile(n, 10) for n in names])
 
 
 # -- pages, the disk --

@@ -13,6 +13,8 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.\w+$)")
 _QUANTIZATION = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d(?:_\w+)?|TQ\d_\d|BF16|F16|F32|MXFP4\w*))(?=[.-]|$)", re.IGNORECASE
 )
+# What Sentence Transformers puts behind a model, by the folders that it numbers; 0 is the model itself.
+_LAYER = re.compile(r"([1-9]\d*_[^/]+)/(model\.safetensors|pytorch_model\.bin)$")
 _TOKENIZER = re.compile(r"\.(json|txt|model|tiktoken|jinja|spm)$")
 
 
@@ -76,16 +78,35 @@ def choose(files: Sequence[RepoFile], quantization: str = "") -> Choice:
     # Mistral ships the same weights twice; engines load the sharded form.
     if any(not f.name.startswith("consolidated") for f in safetensors):
         safetensors = [f for f in safetensors if not f.name.startswith("consolidated")]
-    if gguf and (quantization or not safetensors):
+    has_config = any(f.name == "config.json" for f in root)
+    if gguf and (quantization or not (safetensors and has_config)):
         return _choose_gguf(gguf, quantization)
     if quantization:
         raise NothingToChoose("This repository holds no GGUF files, so there is no quantization to choose.")
-    if safetensors:
-        return Choice("safetensors", tuple(safetensors + _small(usable)))
     pickled = [f for f in root if re.match(r"pytorch_model.*\.bin$", f.name)]
-    if pickled:
-        return Choice("pytorch", tuple(pickled + _small(usable)))
-    raise NothingToChoose("This repository holds neither safetensors nor GGUF files; no engine here could load it.")
+    weights = safetensors or pickled
+    if not weights:
+        raise NothingToChoose("This repository holds neither safetensors nor GGUF files; no engine here could load it.")
+    if not has_config:
+        mistral = any(f.name == "params.json" for f in root)
+        why = "the weights in Mistral's own form only (params.json)" if mistral else "weights"
+        raise NothingToChoose(
+            f"This repository holds {why} and no config.json, so no engine here knows what they are. Look for one in "
+            "the form of Transformers, or for a GGUF."
+        )
+    return Choice("safetensors" if safetensors else "pytorch", tuple(weights + _layers(usable) + _small(usable)))
+
+
+def _layers(files: Sequence[RepoFile]) -> list[RepoFile]:
+    """The weights of an embedding model's further layers. vLLM leaves a layer out whose weights it does not find, and
+    answers all the same, with other vectors; as it does, safetensors are taken before a pickled copy."""
+    if not any(f.name == "modules.json" for f in files):
+        return []
+    found: dict[str, RepoFile] = {}
+    for file in files:
+        if (layer := _LAYER.match(file.name)) and (layer[1] not in found or layer[2] == "model.safetensors"):
+            found[layer[1]] = file
+    return list(found.values())
 
 
 def _small(files: Sequence[RepoFile]) -> list[RepoFile]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from django.conf import settings
 
-from apps.catalog.weights.choose import quantization_of
+from apps.catalog.weights.choose import is_safe, quantization_of
 from apps.common.errors import Invalid
 
 GGUF_MAGIC = b"GGUF"
@@ -113,9 +113,25 @@ def _folder(path: Path, names: list[str]) -> Found:
     for name in weights:
         if name.endswith(".safetensors"):
             _safetensors(path / name)
+    _layers(path)
     kind = "safetensors" if weights[0].endswith(".safetensors") else "pytorch"
     size = sum((path / n).stat().st_size for n in names if (path / n).is_file())
     return Found(str(path), kind, size, architecture)
+
+
+def _layers(path: Path) -> None:
+    """vLLM skips a Dense layer of Sentence Transformers whose weights are missing: its embeddings would be wrong, and
+    nothing would say so."""
+    try:
+        modules = json.loads((path / "modules.json").read_text("utf-8"))
+        dense = [str(m["path"]) for m in modules if str(m["type"]).endswith(".Dense")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or in a form that vLLM does not read either
+    for folder in (path / name for name in dense if is_safe(name)):
+        if (folder / "model.safetensors").is_file():
+            _safetensors(folder / "model.safetensors")
+        elif not (folder / "pytorch_model.bin").is_file():
+            raise _no(f"{folder} holds no weights, and modules.json names it: without it, embeddings would be wrong.")
 
 
 def _safetensors(path: Path) -> None:
