@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from apps.engines.llama_cpp.options import EXTRA_FLAGS
 from apps.profiles import fit
 
 GIB = 2**30
@@ -14,6 +15,8 @@ GIB = 2**30
 SMALL_CARD, LARGE_CARD = (256, 2048), (1024, 8192)
 LARGE_CARD_BYTES = 70 * GIB
 LLAMA_BATCH = 512
+LLAMA_SHORTEST = 4096  # llama.cpp's --fit-ctx, of each slot that has a cache of its own
+ALL_LAYERS = 1000
 # Options that take memory which the estimate does not count.
 NOT_COUNTED = {
     "speculative_config": "Speculative decoding is not counted: leave room for the draft model's weights and cache.",
@@ -61,13 +64,15 @@ def vllm_options(
 
 
 def llama_options(options: Mapping[str, Any]) -> fit.LlamaOptions:
-    extra = options.get("extra_args") or ()
+    extra = _flags(options.get("extra_args") or ())
     split = options.get("tensor_split")
     per_slot = options.get("context_tokens_per_slot")
+    layers = options.get("gpu_layers")
+    slots = 1 if "--kv-unified" in extra else int(options.get("parallel") or 1)
     return fit.LlamaOptions(
         context_tokens=int(per_slot) * int(options.get("parallel") or 1) if per_slot else options.get("context_tokens"),
         parallel=options.get("parallel"),
-        gpu_layers=options.get("gpu_layers") or "all",  # the adapter asks for all of them unless told otherwise
+        gpu_layers="all" if layers is None else layers,  # the adapter asks for all of them unless told otherwise
         split_mode=options.get("split_mode"),
         tensor_split=tuple(float(v) for v in split) if split else None,
         micro_batch_tokens=int(options.get("micro_batch_tokens") or LLAMA_BATCH),
@@ -75,7 +80,24 @@ def llama_options(options: Mapping[str, Any]) -> fit.LlamaOptions:
         cache_type_k=str(options.get("cache_type_k") or "f16"),
         cache_type_v=str(options.get("cache_type_v") or "f16"),
         swa_full="--swa-full" in extra,
+        fit=extra.get("--fit") != "off",
+        fit_context_tokens=_number(extra.get("--fit-ctx"), LLAMA_SHORTEST) * slots,
+        cpu_expert_layers=ALL_LAYERS if "--cpu-moe" in extra else _number(extra.get("--n-cpu-moe"), 0),
+        kv_offload="--no-kv-offload" not in extra,
+        tensors_overridden="--override-tensor" in extra,
     )
+
+
+def _flags(words: Sequence[str]) -> dict[str, str]:
+    """llama.cpp's flags as they are passed, each with its value; nothing for one that takes none."""
+    found, rest = {}, iter(words)
+    for flag in rest:
+        found[flag] = next(rest, "") if EXTRA_FLAGS.get(flag) else ""
+    return found
+
+
+def _number(text: str | None, default: int) -> int:
+    return int(text) if text and text.isdecimal() else default
 
 
 def with_changes(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

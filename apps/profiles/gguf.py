@@ -23,6 +23,7 @@ WHOLE_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q
 # Of the architecture's own keys (``llama.block_count``) those that shape the cache.
 SHAPE = ("block_count", "attention.head_count_kv", "attention.key_length", "attention.sliding_window", "context_length")
 LAYER = re.compile(r"blk\.(\d+)\.")
+EXPERT = re.compile(r"blk\.\d+\.ffn_(up|down|gate|gate_up)_(ch)?exps\.")  # what --cpu-moe leaves on the CPU
 MOST_TENSORS, MOST_PAIRS, MOST_TEXT, MOST_ITEMS = 200_000, 100_000, 1 << 26, 1 << 24
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
@@ -42,6 +43,7 @@ def gguf_sizes(path: str | Path) -> GgufFile | None:
             return None
         found.append(sizes)
     layers: dict[int, int] = {}
+    experts: dict[int, int] = {}
     embedding = output = other = 0
     shape = found[0][1]
     for tensors, _ in found:
@@ -49,6 +51,8 @@ def gguf_sizes(path: str | Path) -> GgufFile | None:
             match = LAYER.match(name)
             if match:
                 layers[int(match[1])] = layers.get(int(match[1]), 0) + size
+                if EXPERT.match(name):
+                    experts[int(match[1])] = experts.get(int(match[1]), 0) + size
             elif name.startswith("token_embd."):
                 embedding += size
             elif name.startswith("output."):
@@ -57,7 +61,16 @@ def gguf_sizes(path: str | Path) -> GgufFile | None:
                 other += size
     rows = tuple(layers[at] for at in sorted(layers))
     total = sum(rows) + embedding + output + other
-    return GgufFile(total, rows, embedding, output, other, _cache(shape), shape.get("context_length"))
+    return GgufFile(
+        total,
+        rows,
+        embedding,
+        output,
+        other,
+        _cache(shape),
+        shape.get("context_length"),
+        tuple(experts.get(at, 0) for at in sorted(layers)),
+    )
 
 
 def _cache(shape: dict[str, int]) -> CacheShape | None:

@@ -110,8 +110,11 @@ class EngineOptions:
 class LlamaOptions:
     """llama.cpp's options as far as they take memory, under the names a profile gives them.
 
-    ``context_tokens`` is shared by the slots; None or 0 is the model's own. ``gpu_layers`` None or "auto": as many as
-    fit, the rest stays on the CPU. ``tensor_split`` None: by the cards' free memory.
+    ``context_tokens`` is shared by the slots; 0 is the model's own, None too, but llama.cpp shortens that one to what
+    fits unless ``fit`` is off (never below ``fit_context_tokens``). ``gpu_layers`` None or "auto": as many as fit, the
+    rest stays on the CPU. ``tensor_split`` None: by the cards' free memory. The experts of the first
+    ``cpu_expert_layers`` layers stay on the CPU, and the cache without ``kv_offload``. ``tensors_overridden``: a
+    pattern lays tensors elsewhere.
     """
 
     context_tokens: int | None = None
@@ -124,13 +127,19 @@ class LlamaOptions:
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     swa_full: bool = False
+    fit: bool = True
+    fit_context_tokens: int = 4096
+    cpu_expert_layers: int = 0
+    kv_offload: bool = True
+    tensors_overridden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
     """A GGUF file's real tensor sizes in bytes. ``layer_bytes``: per repeating layer; ``output_bytes`` is 0 where the
     embedding serves as output too; ``other_bytes``: norms and whatever belongs to no layer. ``cache`` and the
-    context are what the file says of itself, for models of which the catalogue does not know them."""
+    context are what the file says of itself, for models of which the catalogue does not know them. ``expert_bytes``:
+    the part of each layer that is experts, empty where it was not read."""
 
     total_bytes: int
     layer_bytes: tuple[int, ...] = ()
@@ -139,6 +148,7 @@ class GgufFile:
     other_bytes: int = 0
     cache: CacheShape | None = None
     max_context_tokens: int | None = None
+    expert_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

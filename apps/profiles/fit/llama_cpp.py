@@ -52,11 +52,12 @@ class _Need:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """``output`` goes to the GPUs with the layers."""
+    """``output`` goes to the GPUs with the layers. ``experts``: of each layer, what is experts."""
 
     layers: tuple[int, ...]
     output: int
     exact: bool
+    experts: tuple[Range, ...]
 
 
 def llama_estimate(
@@ -143,11 +144,18 @@ def _judged(
     cache = _cache(model, options, length)
     gpus: list[GpuEstimate] = []
     free: list[int] = []
+    left = ZERO
     for replica in range(layout.replicas):
         first = replica * layout.gpus_per_replica
         here = [c.total_bytes - used_by_others(c).high for c in rig.cards[first : first + layout.gpus_per_replica]]
         free += here
-        for at, need in enumerate(_needs(model, options, sizes, cache or ZERO, length, here)):
+        needs, weights_left = _needs(model, options, sizes, cache or ZERO, length, here)
+        cached = Range(sum(need.cache.low for need in needs), sum(need.cache.high for need in needs))
+        whole = cache or ZERO
+        left += Range(max(0, whole.low - cached.low), max(0, whole.high - cached.high))
+        if not replica:  # the file is mapped once
+            left += weights_left
+        for at, need in enumerate(needs):
             gpus.append(
                 GpuEstimate(
                     position=first + at,
@@ -162,19 +170,46 @@ def _judged(
                 )
             )
     worst = min(gpus, key=lambda gpu: (gpu.slack.low, gpu.slack.high))
-    verdict, reason = _words(worst, free[worst.position], length, options, len(sizes.layers))
+    verdict, reason = _words(worst, free[worst.position], length, options, sizes)
+    if left.high:
+        reason += f" {span(left)} stay on the CPU."
+    if verdict is Verdict.DOES_NOT_FIT and options.context_tokens is None and _shortens(options):
+        shortest = replace(options, context_tokens=min(length, options.fit_context_tokens))
+        if _judged(model, layout, shortest, rig, file).verdict is not Verdict.DOES_NOT_FIT:
+            verdict, reason = Verdict.TIGHT, f"{reason} llama.cpp shortens a context that is not set to what fits."
+    available = rig.host_available_bytes
+    if verdict is Verdict.FITS and available is not None and left.high > available:
+        verdict = Verdict.TIGHT
+        reason += f" That is more than the {gib(available)} of host memory that are available now."
     if cache is None and verdict is not Verdict.DOES_NOT_FIT:
         verdict = None
         reason += f" How much cache {model.name} needs per token is not known, and none is counted."
-    return FitEstimate(verdict, reason, gpus=tuple(gpus), next_boot_compiles=False, max_model_len=length)
+    if options.tensors_overridden:
+        verdict = None
+        reason = f"Where --override-tensor lays the weights is not counted. Without it: {reason}"
+    return FitEstimate(
+        verdict,
+        reason,
+        gpus=tuple(gpus),
+        next_boot_compiles=False,
+        host_memory=left if left.high else None,
+        max_model_len=length,
+    )
+
+
+def _shortens(options: LlamaOptions) -> bool:
+    """Whether an unset context is made to fit (llama.cpp's common/fit.cpp, on by default)."""
+    return options.fit and options.split_mode != "tensor"
 
 
 def _words(
-    worst: GpuEstimate, free: int, length: int, options: LlamaOptions, layers: int
+    worst: GpuEstimate, free: int, length: int, options: LlamaOptions, sizes: _Sizes
 ) -> tuple[Verdict | None, str]:
     parts = f"{span(worst.weights)} of weights and {span(worst.kv_cache)} of cache for {length:,} tokens"
     where = f"GPU {worst.position}"
-    whole = options.gpu_layers == "all" or (isinstance(options.gpu_layers, int) and options.gpu_layers > layers)
+    whole = options.gpu_layers == "all" or (
+        isinstance(options.gpu_layers, int) and options.gpu_layers > len(sizes.layers)
+    )
     if worst.slack.high < 0 and whole:
         return Verdict.DOES_NOT_FIT, f"{parts} are more than the {gib(free)} free on {where}."
     if worst.slack.high < 0:
@@ -183,6 +218,12 @@ def _words(
             f"{parts} are more than the {gib(free)} free on {where}: llama.cpp leaves layers on the CPU then, which is "
             "many times slower.",
         )
+    if worst.slack.low < 0 and any(experts.width for experts in sizes.experts[: options.cpu_expert_layers]):
+        return (
+            Verdict.TIGHT,
+            f"{parts} on {where}, where {gib(free)} are free: how much the experts take that stay on the CPU, only the "
+            "model's file tells.",
+        )
     if worst.slack.low < 0:
         return Verdict.TIGHT, f"{parts} come close to the {gib(free)} free on {where}."
     return Verdict.FITS, f"{parts} on {where}, and {span(worst.slack)} stay free."
@@ -190,19 +231,26 @@ def _words(
 
 def _layer_sizes(model: ModelFacts, file: GgufFile | None) -> _Sizes | None:
     if file is not None and file.layer_bytes:
-        return _Sizes(file.layer_bytes, (file.output_bytes or file.embedding_bytes) + file.other_bytes, exact=True)
+        experts = (
+            tuple(Range.exactly(size) for size in file.expert_bytes)
+            if file.expert_bytes
+            else tuple(Range(0, size) for size in file.layer_bytes)
+        )
+        output = (file.output_bytes or file.embedding_bytes) + file.other_bytes
+        return _Sizes(file.layer_bytes, output, exact=True, experts=experts)
     total = file.total_bytes if file is not None else model.weights_bytes
     if total is None:
         return None
     count = model.layers or LAYERS_IF_UNKNOWN
     table = int(min((model.vocab_size or 0) * (model.hidden_size or 0) * TABLE_BYTES, total * 0.25))
-    return _Sizes(((total - 2 * table) // count,) * count, table, exact=False)
+    each = (total - 2 * table) // count
+    return _Sizes((each,) * count, table, exact=False, experts=(Range(0, each),) * count)
 
 
 def _needs(
     model: ModelFacts, options: LlamaOptions, sizes: _Sizes, cache: Range, length: int, free: Sequence[int]
-) -> list[_Need]:
-    """One replica's GPUs, in their order."""
+) -> tuple[list[_Need], Range]:
+    """One replica's GPUs, in their order, and the weights of its layers that stay on the CPU."""
     count = len(sizes.layers)
     shares: list[float] = list(options.tensor_split or [max(0, value) for value in free])
     if options.split_mode == "none":
@@ -212,23 +260,29 @@ def _needs(
     ends = [end / sum(shares) for end in accumulate(shares)]
     offloaded = min(options.gpu_layers if isinstance(options.gpu_layers, int) else count + 1, count + 1)
     start = count + 1 - offloaded  # the last ones go to the GPUs, the output layer last of all
-    weights, caches, outputs = [0] * len(free), [0.0] * len(free), [False] * len(free)
+    weights, caches, outputs = [ZERO] * len(free), [0.0] * len(free), [False] * len(free)
+    left = Range.exactly(sum(sizes.layers[:start]) + (0 if offloaded else sizes.output))
     for layer in range(start, count + 1):
         device = min(bisect_right(ends, (layer - start) / offloaded), len(free) - 1)
-        weights[device] += sizes.output if layer == count else sizes.layers[layer]
-        caches[device] += 0 if layer == count else 1 / count
+        size = sizes.output if layer == count else sizes.layers[layer]
+        moved = sizes.experts[layer] if layer < min(count, options.cpu_expert_layers) else ZERO
+        left += moved
+        weights[device] += Range(size - moved.high, size - moved.low)
+        caches[device] += 0 if layer == count or not options.kv_offload else 1 / count
         outputs[device] |= layer == count
     if options.split_mode in ("row", "tensor"):
-        weights = [int(sum(weights) * share / sum(shares)) for share in shares]
+        low, high = sum(w.low for w in weights), sum(w.high for w in weights)
+        weights = [Range(int(low * share / sum(shares)), int(high * share / sum(shares))) for share in shares]
     wobble = 0 if sizes.exact else max(sizes.layers)
-    return [
+    needs = [
         _Need(
-            Range(max(0, weight - wobble), weight + wobble + weight // 100) if weight else ZERO,
+            Range(max(0, weight.low - wobble), weight.high + wobble + weight.high // 100) if weight.high else ZERO,
             Range(int(cache.low * part), int(cache.high * part)),
-            _compute(model, options, length, output=output) if weight else ZERO,
+            _compute(model, options, length, output=output) if weight.high else ZERO,
         )
         for weight, part, output in zip(weights, caches, outputs, strict=True)
     ]
+    return needs, left
 
 
 def _cache(model: ModelFacts, options: LlamaOptions, length: int) -> Range | None:
