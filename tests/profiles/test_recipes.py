@@ -140,6 +140,19 @@ def test_redacting_keeps_the_rest_of_the_text() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "export DB_PASSWORD=%s; vllm serve a/b",
+        "docker run -e DB_PASSWORD=%s vllm/vllm-openai a/b",
+        "bash -c 'A=1;DB_PASSWORD=%s vllm serve a/b'",
+        "(DB_PASSWORD=%s vllm serve a/b)",
+    ],
+)
+def test_a_secret_behind_another_word_is_redacted(text: str) -> None:
+    assert redact(text % "my-own-password") == text % "(hidden)"
+
+
 def test_a_llama_server_line_becomes_a_profile() -> None:
     recipe = only(
         "LLAMA_ARG_THREADS=8 /opt/llama/llama-server -m /m/big.gguf -ngl 999 -c 16384 -np 4 -fa -ts 3,1 --mlock "

@@ -15,12 +15,12 @@ LOOKS = re.compile(
     r"|glpat-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)"
     r"|(?<=[Bb]earer )\S+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
 )
-ASSIGNED = re.compile(
-    r"(?P<head>(?:^|(?<=[\s'\"{,]))(?:--?)?(?P<name>[A-Za-z][A-Za-z0-9_-]*)['\"]?"
-    r"(?P<sep>\s*[=:]\s*|[ \t]+(?:\\\n\s*)?))"
-    r"(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',}\\]+)",
+NAMED = re.compile(
+    r"(?:^|(?<=[\s'\"{,;&|(]))(?P<flag>--?)?(?P<name>[A-Za-z][A-Za-z0-9_-]*)['\"]?"
+    r"(?:(?P<sign>\s*[=:]\s*)|[ \t]+(?:\\\n\s*)?)",
     re.M,
 )
+VALUE = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',}\\]*[^\s\"',}\\;]")
 
 
 def is_secret_name(name: str) -> bool:
@@ -31,12 +31,11 @@ def is_secret_name(name: str) -> bool:
 
 def redact(text: str) -> str:
     """The text with every secret in it replaced; everything else stays where it is."""
-
-    def assigned(match: re.Match[str]) -> str:
-        name, flag = match["name"], match["head"].lstrip().startswith("-")
-        by_space = not match["sep"].strip()
-        if not is_secret_name(name) or (by_space and not flag):
-            return match[0]
-        return match["head"] + HIDDEN
-
-    return LOOKS.sub(HIDDEN, ASSIGNED.sub(assigned, text))
+    kept, at, searched = [], 0, 0
+    while (named := NAMED.search(text, searched)) is not None:
+        searched = named.end()  # what follows may be a name itself: export TOKEN=..., -e TOKEN=...
+        secret = is_secret_name(named["name"]) and (named["sign"] or named["flag"])
+        if secret and (value := VALUE.match(text, searched)) is not None:
+            kept += [text[at:searched], HIDDEN]
+            at = searched = value.end()
+    return LOOKS.sub(HIDDEN, "".join(kept) + text[at:])
