@@ -224,6 +224,122 @@ def test_a_compose_file_gives_a_profile_for_what_serves() -> None:
     assert "neither" in said(reading.notes, "chat")
 
 
+COMMENTED = """
+macros:
+  latest-llama: |
+    # the build of today
+    llama-server
+    --port ${PORT}
+models:
+  whole-line:
+    cmd: |
+      # ${latest-llama} is a macro that is defined above
+      ${latest-llama}
+      --model /models/qwen.gguf
+      # keep the cache small
+      --ctx-size 8192
+      --parallel 4
+  continued:
+    cmd: |
+      llama-server --port ${PORT} \\
+        --model /models/qwen.gguf --jinja\\
+      # keep the cache small \\
+      --ctx-size 8192
+      --parallel 4
+  behind:
+    cmd: |
+      llama-server --model /models/qwen.gguf --ctx-size 8192 # small
+      --parallel 4
+"""
+
+
+def test_comments_in_a_llama_swap_command_take_nothing_with_them() -> None:
+    whole, continued, behind = read_recipe(COMMENTED).recipes
+    for recipe in (whole, continued, behind):
+        assert (recipe.model, recipe.options) == ("/models/qwen.gguf", {"context_tokens": 8192, "parallel": 4})
+    assert (whole.not_understood, continued.not_understood) == ([], [])
+    # llama-swap takes out whole lines only; the engine is given these two words and refuses them.
+    assert [note.text for note in behind.not_understood] == ["#", "small"]
+
+
+def test_a_line_break_in_a_compose_command_is_a_blank() -> None:
+    recipe = only(
+        """
+services:
+  llm:
+    image: vllm/vllm-openai:v0.32
+    command: |
+      --model a/b
+      --tensor-parallel-size 2 \\
+      --max-model-len 4096
+      --hf-overrides '{"a":
+      1}'
+"""
+    )
+    assert (recipe.model, recipe.tensor_parallel_size) == ("a/b", 2)
+    assert recipe.options == {"max_model_len": 4096, "hf_overrides": {"a": 1}}
+    assert recipe.not_understood == []
+
+
+def test_what_follows_the_first_program_of_a_compose_command_is_named() -> None:
+    recipe = only("services: {llm: {image: x, command: 'A=1 vllm serve a/b > log; touch /x && B=2'}}")
+    assert recipe.model == "a/b"
+    assert {"A=1", "touch /x", "B=2"} <= {note.text for note in recipe.not_understood}
+    assert said(recipe.left_out, "> log") == "The panel keeps the log."
+
+
+IN_A_SHELL = [
+    "bash -c 'vllm serve a/b -tp 4'",
+    "bash -lc 'cd /opt && exec vllm serve a/b -tp 4'",
+    "/usr/bin/env bash -euo pipefail -c 'export SIZE=4; vllm serve a/b -tp $SIZE'",
+    """sudo sh -c "bash -c 'vllm serve a/b -tp 4'" """,
+    "export SIZE=4; bash -c 'vllm serve a/b -tp $SIZE'",
+    "docker run --gpus all vllm/vllm-openai:latest bash -c 'pip install x && vllm serve a/b -tp 4'",
+    "docker run --entrypoint /bin/bash vllm/vllm-openai:latest -c 'vllm serve a/b -tp 4'",
+    "services: {s: {image: vllm/vllm-openai, entrypoint: [/bin/bash, -c], command: ['vllm serve a/b -tp 4']}}",
+    'services: {s: {image: vllm/vllm-openai, command: bash -c "vllm serve a/b -tp 4"}}',
+    "services: {s: {image: my/own, command: [sh, -c, 'sleep 5; vllm serve a/b -tp $$N'], environment: {N: 4}}}",
+    "models: {m: {cmd: \"sh -c 'vllm serve a/b -tp 4'\"}}",
+]
+
+
+@pytest.mark.parametrize("text", IN_A_SHELL)
+def test_what_a_shell_is_given_is_read(text: str) -> None:
+    recipe = only(text)
+    assert (recipe.engine, recipe.model, recipe.tensor_parallel_size) == ("vllm", "a/b", 4)
+    assert not [note for note in recipe.understood if "sh" in note.text and "engine" in note.sentence]
+
+
+def test_everything_that_a_shell_is_given_is_accounted_for() -> None:
+    reading = read_recipe(
+        "services: {s: {image: my/own, command: [sh, -c, 'W=8; cd /w && vllm serve a/b --odd $X; echo end', zero]}}"
+    )
+    (recipe,) = reading.recipes
+    told = {note.text for note in (*recipe.not_understood, *reading.notes)}
+    assert {"W=8", "cd /w", "--odd ${X}", "${X}", "echo end", "zero"} <= told
+
+
+def test_secrets_in_a_line_for_a_shell_are_dropped_and_take_no_flag_with_them() -> None:
+    text = (
+        "export OPENAI_API_KEY=my-own-password; "
+        "bash -c 'HF_TOKEN=hf_abcdefghijkl1234 vllm serve a/b --api-key $OPENAI_API_KEY -tp 4'"
+    )
+    reading = read_recipe(text)
+    assert not [secret for secret in SECRETS if secret in everything(reading) + redact(text)]
+    assert reading.recipes[0].tensor_parallel_size == 4
+    # The page shows the text with (hidden) in it, and takes it again.
+    (again,) = read_recipe(redact("vllm serve a/b --api-key my-own-password -tp 4")).recipes
+    assert (again.tensor_parallel_size, again.not_understood) == (4, [])
+
+
+def test_shells_within_shells_come_to_an_end() -> None:
+    reading = read_recipe("""export A='bash -c "$A"'; bash -c "$A"; vllm serve a/b""")
+    assert [recipe.model for recipe in reading.recipes] == ["a/b"]
+    assert said(reading.notes, "bash -c")
+    with pytest.raises(RecipeError, match="too long"):
+        read_recipe("export A='" + 'bash -c "$A"; ' * 60 + '\'; bash -c "$A"')
+
+
 def test_what_only_a_shell_could_know_is_said() -> None:
     recipe = only("vllm serve $(cat model) --max-model-len $LENGTH --seed `date`")
     assert {"$(cat model)", "${LENGTH}", "`date`"} <= {note.text for note in recipe.not_understood}
@@ -277,7 +393,8 @@ def test_a_yaml_bomb_is_refused_before_it_unfolds() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.text(alphabet=st.sampled_from("ab -=$'\"\\`(){}\n;&|<>#:*&!%[],\t0" + "é\u2028"), max_size=120))
 def test_any_text_is_read_or_refused_in_words(text: str) -> None:
-    for start in ("", "vllm serve ", "llama-server -m x ", "services:\n  a: ", "models:\n  a:\n    cmd: "):
+    starts = ("", "vllm serve ", "llama-server -m x ", "bash -c ", "services:\n  a: ", "models:\n  a:\n    cmd: ")
+    for start in starts:
         refused = ""
         try:
             read_recipe(start + text)

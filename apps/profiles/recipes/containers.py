@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apps.profiles.recipes.result import Reading, Recipe
-from apps.profiles.recipes.shell import ASSIGNMENT
+from apps.profiles.recipes.shell import ASSIGNMENT, Command, read_commands, shell_line
 
 # docker run's flags that take a value; the others are switches.
 WITH_VALUE = frozenset(
@@ -41,6 +41,7 @@ WHY = {
     "--restart": "Starting again is the panel's to arrange.",
     "--env-file": "Files are not read; paste what matters of it.",
 }
+DOLLAR = "\x00"  # pasted text has none
 NO_CONTAINER = "The panel starts engines without containers."
 IMAGES = (
     (re.compile(r"(?:^|/)vllm-(?:openai|cpu)[\w-]*(?=[:@]|$)|(?:^|/)vllm/vllm"), ("vllm", "serve")),
@@ -64,9 +65,9 @@ NO_MEANING = ("shm_size", "ipc", "networks", "network_mode", "container_name", "
 
 def serving_argv(image: str, entrypoint: list[str], command: list[str]) -> list[str]:
     """What the container runs, as if it were typed; empty for an image that serves no model we know."""
-    if entrypoint and not (entrypoint[0].endswith("sh") and "-c" in entrypoint):
+    if entrypoint:
         return [*entrypoint, *command]
-    if command and command[0] in ("vllm", "llama-server", "python", "python3"):
+    if command and (command[0] in ("vllm", "llama-server", "python", "python3") or shell_line(command)):
         return command
     for pattern, program in IMAGES:
         if pattern.search(image):
@@ -100,10 +101,17 @@ def read_docker_run(recipe: Recipe, args: list[str]) -> tuple[list[str], dict[st
     image = args[at]
     argv = serving_argv(image, entrypoint, args[at + 1 :])
     if argv:
-        recipe.take(image, f"the engine {argv[0]}")
+        note_image(recipe, image, argv)
     else:
         recipe.miss(image, "This image is neither vLLM's nor llama.cpp's server.")
     return argv, env
+
+
+def note_image(recipe: Recipe, image: str, argv: list[str]) -> None:
+    if shell_line(argv):
+        recipe.leave(image, NO_CONTAINER)
+    else:
+        recipe.take(image, f"the engine {argv[0]}")
 
 
 def is_compose(data: Any) -> bool:
@@ -126,6 +134,26 @@ def compose_service(recipe: Recipe, name: str, service: Mapping[Any, Any]) -> tu
         (str(service.get("image", "")), service.get("entrypoint"), service.get("command")),
         environment_of(service.get("environment")),
     )
+
+
+def compose_words(recipe: Recipe, value: Any) -> Command:
+    """A ``command`` or ``entrypoint`` as compose takes it: a list, or a line that no shell sees."""
+    if isinstance(value, list):
+        for part in value:
+            if isinstance(part, Mapping | list):
+                recipe.miss(str(part), "A word of a command cannot be a list or a mapping.")
+        return Command([str(part).replace("$$", "$") for part in value if not isinstance(part, Mapping | list)])
+    if not isinstance(value, str):
+        return Command()
+    # $$ is compose's way to write a dollar sign; until the words are cut it must not look like a variable.
+    commands = read_commands(value.replace("$$", DOLLAR), script=False)
+    first = next((command for command in commands if command.argv), Command())
+    for command in commands:
+        command.argv = [word.replace(DOLLAR, "$") for word in command.argv]
+        if command is not first:
+            text = " ".join([*command.argv, *(f"{n}={v}" for n, v in command.env.items() if not command.argv)])
+            recipe.miss(text, "Compose starts one program; what follows it would need a shell.")
+    return first
 
 
 def environment_of(value: Any) -> dict[str, str]:

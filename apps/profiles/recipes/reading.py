@@ -16,11 +16,12 @@ from apps.profiles.recipes.environment import read_environment
 from apps.profiles.recipes.flags import environment_flags, read_llama, read_vllm
 from apps.profiles.recipes.own import is_own, read_own
 from apps.profiles.recipes.result import Reading, Recipe, RecipeError, short
-from apps.profiles.recipes.shell import Command, read_commands
+from apps.profiles.recipes.shell import Command, read_commands, shell_line
 from apps.profiles.recipes.yamls import load_yaml
 
 TEXT_MAX = 64 * 1024
 RECIPES_MAX = 40
+SHELLS_MAX = 4  # one within another
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 YAML_START = re.compile(r"^(?:---|#.*|\s*|[A-Za-z_\"'][\w.\"'/-]*:(?:\s.*)?)$")
 KEY_LINE = re.compile(r"^[A-Za-z_\"'][\w.\"'/-]*:(?:\s|$)")
@@ -61,7 +62,8 @@ def _looks_like_yaml(text: str) -> bool:
 # -- commands -------------------------------------------------------------------------------------
 
 
-def _read_command(reading: Reading, command: Command, recipe: Recipe | None = None) -> Recipe | None:
+def _read_command(reading: Reading, command: Command, recipe: Recipe | None = None, shells: int = 0) -> Recipe | None:
+    """One command as a profile, onto ``recipe`` where one is given; ``shells`` is how many are around it."""
     argv, given = command.argv, recipe
     recipe = recipe or Recipe()
     env = dict(command.env)
@@ -79,6 +81,16 @@ def _read_command(reading: Reading, command: Command, recipe: Recipe | None = No
             if not argv and given is None:
                 reading.recipes.append(recipe) if recipe.engine else reading.notes.extend(recipe.not_understood)
                 return None
+            argv = _unwrapped(recipe, argv, env)
+    if (line := shell_line(argv)) is not None and shells < SHELLS_MAX:
+        read = _read_line(reading, Command([line[0]], env, command.unset, command.redirected), recipe, shells + 1)
+        for word in line[1]:
+            recipe.miss(word, "Only the line after -c is read.")
+        if given is None and read is not None:
+            reading.recipes.append(_named(recipe))
+        elif given is None:
+            reading.notes += recipe.not_understood
+        return read
     kind, args = _engine_of(argv)
     if not kind:
         text = " ".join(argv)
@@ -101,6 +113,28 @@ def _read_command(reading: Reading, command: Command, recipe: Recipe | None = No
     if given is None:
         reading.recipes.append(_named(recipe))
     return recipe
+
+
+def _read_line(reading: Reading, shell: Command, recipe: Recipe, shells: int) -> Recipe | None:
+    """What a shell is given with -c. The first command of it that starts an engine is read onto the recipe; what
+    follows is read as if it had been pasted alone."""
+    (line,) = shell.argv
+    reading.shell_characters += len(line)
+    if reading.shell_characters > TEXT_MAX:
+        raise RecipeError("The lines that are given to a shell become too long.")
+    read = None
+    unset = list(shell.unset)
+    for what in shell.redirected:
+        recipe.leave(what, "The panel keeps the log.")
+    for command in read_commands(line, shell.env):
+        if command.argv:
+            command.env = {**shell.env, **command.env}
+        if read is not None or not command.argv:
+            _read_command(reading, command, None, shells)
+            continue
+        command.unset += unset
+        read = _read_command(reading, command, recipe, shells)
+    return read
 
 
 def _unwrapped(recipe: Recipe, argv: list[str], env: dict[str, str]) -> list[str]:
@@ -189,27 +223,18 @@ def _read_service(reading: Reading, name: str, service: Any) -> None:
         return
     recipe = Recipe()
     (image, entrypoint, command), env = containers.compose_service(recipe, name, service)
-    unset: list[str] = []
-    argv = containers.serving_argv(image, _words(entrypoint, unset), _words(command, unset))
-    if not argv or not _engine_of(argv)[0]:
+    start, words = containers.compose_words(recipe, entrypoint), containers.compose_words(recipe, command)
+    argv = containers.serving_argv(image, start.argv, words.argv)
+    recipe.name = name
+    whole = Command(
+        argv, {**env, **start.env, **words.env}, start.unset + words.unset, start.redirected + words.redirected
+    )
+    if not argv or _read_command(reading, whole, recipe) is None:
         reading.note(f"{name}: {image}", "This service starts neither vLLM nor llama-server, so it is no profile.")
         return
-    recipe.take(image, f"the engine {argv[0]}")
-    recipe.name = name
-    if _read_command(reading, Command(argv, env, unset), recipe) is not None:
-        reading.recipes.append(_named(recipe))
-
-
-def _words(value: Any, unset: list[str]) -> list[str]:
-    """A command as compose takes it: a list, or a line."""
-    if isinstance(value, list):
-        return [str(part) for part in value if not isinstance(part, Mapping | list)]
-    if not isinstance(value, str):
-        return []
-    commands = read_commands(value)
-    for command in commands:
-        unset += command.unset
-    return commands[0].argv if commands else []
+    if image:
+        containers.note_image(recipe, image, argv)
+    reading.recipes.append(_named(recipe))
 
 
 def _read_llama_swap(reading: Reading, data: Mapping[Any, Any]) -> None:
@@ -224,8 +249,9 @@ def _read_llama_swap(reading: Reading, data: Mapping[Any, Any]) -> None:
             reading.note(f"{name}: …", "This model has no cmd, so it is no profile.")
             continue
         own = {str(k): str(v) for k, v in entry["macros"].items()} if _is_map(entry.get("macros")) else {}
-        line = _macros(entry["cmd"], {"PORT": "0", "MODEL_ID": str(name), **macros, **own})
-        commands = [c for c in read_commands(" ".join(line.splitlines()) if "\\\n" not in line else line) if c.argv]
+        known = {"PORT": "0", "MODEL_ID": str(name), **macros, **own}
+        line = _uncommented(_macros(_uncommented(entry["cmd"]), known))
+        commands = [c for c in read_commands(line, script=False) if c.argv]
         if not commands:
             reading.note(f"{name}: cmd", "Its cmd is empty.")
             continue
@@ -258,6 +284,11 @@ def _swap_keys(recipe: Recipe, entry: Mapping[Any, Any]) -> None:
             recipe.leave(text, "The panel's gateway knows how to reach, watch and stop its engines.")
         elif key not in ("cmd", "env", "macros"):
             recipe.miss(text, "A profile has nothing like it.")
+
+
+def _uncommented(text: str) -> str:
+    """Without the lines that begin with #: llama-swap takes them out before and after it puts its macros in."""
+    return "\n".join(line.rstrip() for line in text.split("\n") if not line.lstrip().startswith("#"))
 
 
 def _macros(text: str, known: Mapping[str, str]) -> str:

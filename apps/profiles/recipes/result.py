@@ -63,6 +63,7 @@ class Reading:
 
     recipes: list[Recipe] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    shell_characters: int = 0  # read so far of lines that are given to a shell
 
     def note(self, text: str, sentence: str) -> None:
         self.notes.append(Note(short(text), sentence))

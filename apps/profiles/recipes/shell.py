@@ -7,7 +7,7 @@ understood; what only a shell could know (``$(...)``, backticks, variables from 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from apps.profiles.recipes.hidden import HIDDEN, is_secret_name
@@ -18,6 +18,8 @@ EXPANDED_MAX = 20_000
 ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)\Z", re.S)
 VARIABLE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*)")
 SEPARATORS = frozenset({"\n", ";", "&", "&&", "||", "|", "(", ")"})
+SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "ksh"})
+SHELL_WITH_VALUE = frozenset({"--rcfile", "--init-file"})
 
 
 @dataclass(slots=True)
@@ -42,12 +44,16 @@ class _Word:
             self.parts.append((kind, text))
 
 
-def read_commands(text: str) -> list[Command]:
-    """All commands of a script, in order. Raises RecipeError for a quote that never ends or an endless list."""
+def read_commands(text: str, given: Mapping[str, str] | None = None, *, script: bool = True) -> list[Command]:
+    """All commands of a script, in order; ``given`` are the variables that it is started with.
+
+    Without ``script`` the text is a command line that a file holds and no shell sees (compose, llama-swap): a line
+    break in it is a blank, and # a character like others. Raises RecipeError for a quote that never ends or an
+    endless list."""
     commands = []
-    known: dict[str, str] = {}
+    known: dict[str, str] = dict(given or {})
     exported: dict[str, str] = {}
-    for words, redirected in _groups(text):
+    for words, redirected in _groups(text, script):
         command = Command(redirected=redirected)
         resolved = [_resolve(word, known, command.unset) for word in words]
         while resolved and (match := ASSIGNMENT.match(resolved[0])):
@@ -69,11 +75,29 @@ def read_commands(text: str) -> list[Command]:
     return commands
 
 
-def _groups(text: str) -> Iterator[tuple[list[_Word], list[str]]]:
+def shell_line(argv: Sequence[str]) -> tuple[str, list[str]] | None:
+    """What ``bash -lc LINE NAME ...`` hands to the shell: the line and the words behind it. None for another program,
+    or a shell without -c."""
+    if not argv or argv[0].rsplit("/", 1)[-1] not in SHELLS:
+        return None
+    at, told = 1, False
+    while at < len(argv) and argv[at][:1] in ("-", "+") and argv[at] != "--":
+        word = argv[at]
+        at += 1
+        if word in SHELL_WITH_VALUE:
+            at += 1
+        elif not word.startswith("--"):
+            told = told or (word[0] == "-" and "c" in word)
+            at += sum(letter in "oO" for letter in word)  # -euo pipefail
+    at += argv[at : at + 1] == ["--"]
+    return (argv[at], list(argv[at + 1 :])) if told and at < len(argv) else None
+
+
+def _groups(text: str, script: bool) -> Iterator[tuple[list[_Word], list[str]]]:
     words: list[_Word] = []
     redirected: list[str] = []
     skip_next = False
-    for token in _tokens(text):
+    for token in _tokens(text, script):
         if isinstance(token, str):
             if token in SEPARATORS:
                 if words:
@@ -91,13 +115,15 @@ def _groups(text: str) -> Iterator[tuple[list[_Word], list[str]]]:
         yield words, redirected
 
 
-def _tokens(text: str) -> Iterator[_Word | str]:
+def _tokens(text: str, script: bool) -> Iterator[_Word | str]:
     """Words, and operators as plain strings."""
     word: _Word | None = None
     at, count, end = 0, 0, len(text)
     while at < end:
         char = text[at]
-        if char == "\\":
+        if char == "\\" and not script and text[at + 1 : at + 2] == "\n":
+            at += 1  # the line break is a blank like the others
+        elif char == "\\":
             following = text[at + 1 : at + 2]
             if following != "\n":  # a continued line is no character at all
                 word = word or _Word()
@@ -106,11 +132,15 @@ def _tokens(text: str) -> Iterator[_Word | str]:
         elif char in "'\"":
             word = word or _Word()
             at = _quoted(text, at, word)
-        elif char == "#" and word is None:
+        elif char == "#" and word is None and script:
             at = end if (line := text.find("\n", at)) < 0 else line
         elif char == "$" or char == "`":
             word = word or _Word()
             at = _dollar(text, at, word)
+        elif text.startswith(HIDDEN, at):  # a secret that was taken out is one word, brackets and all
+            word = word or _Word()
+            word.add("text", HIDDEN)
+            at += len(HIDDEN)
         elif char.isspace() or char in ";&|<>()":
             if word is not None:
                 digits = char in "<>" and len(word.parts) == 1 and word.parts[0][1] in ("1", "2")
@@ -120,7 +150,7 @@ def _tokens(text: str) -> Iterator[_Word | str]:
                         raise RecipeError(f"The text has more than {WORDS_MAX} words; paste less of it.")
                     yield word
                 word = None
-            if char == "\n":
+            if char == "\n" and script:
                 yield "\n"
                 at += 1
             elif char.isspace():
