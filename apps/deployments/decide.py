@@ -53,7 +53,8 @@ class Observation:
     """``busy``: a job that moves engines is at work on the rig. ``restarts``: when this profile was restarted before.
     ``ended_at``: when it ended, or the last try to start it again. ``replaced``: a later deployment of the same
     profile, or under the same name, exists. ``hindered``: why it is not to be started by itself now: a card of it
-    pauses, say, or another runs in its place. ``instead``: who was asked for since and runs in its place. ``renewing``:
+    pauses, say, or another runs in its place. ``instead``: who was asked for since and runs in its place. ``archived``:
+    its profile was, which nobody may switch to any more. ``renewing``:
     a job starts a replica of it again. ``looks_after_itself``: the engine starts its replicas again by itself."""
 
     replicas: tuple[ReplicaSeen, ...] = ()
@@ -61,6 +62,7 @@ class Observation:
     ended_at: datetime | None = None
     restarts: tuple[datetime, ...] = ()
     replaced: bool = False
+    archived: bool = False
     hindered: str = ""
     instead: str = ""
     renewing: bool = False
@@ -171,6 +173,8 @@ def _failed(seen: Observation, policy: Policy, now: datetime) -> Decision:
         return Decision(Act.DROP, "A later start of the same model has taken its place.")
     if policy.restarts <= 0:
         return Decision(Act.DROP, "Restarts are off for this profile.")
+    if seen.archived:
+        return Decision(Act.GIVE_UP, "Its profile was archived.")
     if seen.busy:
         return LEAVE
     if seen.instead:

@@ -67,6 +67,7 @@ def look_at_failed(deployment: Deployment, policy: RestartPolicy) -> Decision:
         ended_at=_last_ended(deployment),
         restarts=tuple(restarts.values_list("created_at", flat=True)[:50]),
         replaced=later.filter(Q(version__profile=profile) | Q(served_name=deployment.served_name)).exists(),
+        archived=profile.archived_at is not None,
         hindered=hindered,
         instead=instead,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from apps.common.errors import NotFound
-from apps.deployments.models import LIVE, SERVING, Deployment, Status
+from apps.deployments.models import COMES_BACK, LIVE, SERVING, Deployment, Status
+from apps.deployments.restarting import coming_back
 from apps.deployments.routes import RouteEntry, RouteTable, Target, live_gateways, route_table
 from apps.rigs.models import Rig
 
@@ -43,20 +44,20 @@ def last_ended(rig: Rig) -> Deployment | None:
 
 
 def empty_because(rig: Rig) -> str:
-    """A sentence when the rig is empty though it should not be: the last thing that ran failed. Else empty.
+    """A sentence when the rig is empty though it should not be: something is to come back, or the last thing that ran
+    failed. Else empty.
 
     Every page shows it."""
     if Deployment.objects.filter(rig=rig, status__in=LIVE).exists():
         return ""
+    waits = Deployment.objects.filter(COMES_BACK, rig=rig).select_related(*_WITH).order_by("-ended_at").first()
+    if waits is not None:  # whatever ended after it
+        return f"{waits.profile_name}: {waits.status_reason or 'it failed.'} {coming_back(waits)}"
     last = last_ended(rig)
     if last is None or last.status != Status.FAILED:
         return ""
-    comes = (
-        "The panel starts it again."
-        if last.comes_back
-        else "Nothing is started by itself any more: switch to a model that works."
-    )
-    return f"{last.profile_name}: {last.status_reason or 'it failed.'} {comes}"
+    why = last.status_reason or "it failed."
+    return f"{last.profile_name}: {why} Nothing is started by itself any more: switch to a model that works."
 
 
 def deployment_get(reference: str | int) -> Deployment:

@@ -96,6 +96,7 @@ def ago(*seconds: float) -> tuple[datetime, ...]:
         ("off is off", Observation(ended_at=NOW), Policy(restarts=0), Act.DROP),
         ("replaced is over", Observation(ended_at=NOW, replaced=True), POLICY, Act.DROP),
         ("replaced is over, busy or not", Observation(ended_at=NOW, replaced=True, busy=True), POLICY, Act.DROP),
+        ("archived is over, busy or not", Observation(ended_at=NOW, archived=True, busy=True), POLICY, Act.GIVE_UP),
         ("no end on record", Observation(), POLICY, Act.RESTART),
         ("another was asked for since", Observation(instead="Other", hindered="Other runs"), POLICY, Act.GIVE_UP),
         ("not while a job moves engines", Observation(instead="Other", busy=True), POLICY, Act.LEAVE),

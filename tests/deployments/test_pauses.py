@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import time_machine
+from django.core.management import call_command
 from django.db.models import F
 from django.test import Client
 from django.utils import timezone
@@ -19,7 +20,7 @@ from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Conflict
 from apps.deployments import guard, switch_forward
 from apps.deployments.decide import Act, Decision
-from apps.deployments.giving_up import give_up_for
+from apps.deployments.giving_up import claim, give_up_for
 from apps.deployments.guard import HOT_SECONDS
 from apps.deployments.models import (
     SLEEPER,
@@ -39,6 +40,7 @@ from apps.deployments.policies.models import Pin, RigPolicy
 from apps.deployments.policies.selectors import policy_of
 from apps.deployments.restarting import coming_back, look_at_failed
 from apps.deployments.restarting import policy_of as restarts_of
+from apps.deployments.selectors import empty_because
 from apps.deployments.services import switch_request
 from apps.gateway.wishes import Wish, granted
 from apps.hardware.server import HardwareServer
@@ -47,7 +49,7 @@ from apps.jobs.handlers import JobCancelled, JobFailed
 from apps.jobs.models import Job, JobState
 from apps.jobs.services import job_cancel
 from apps.profiles.models import Profile
-from apps.profiles.services import profile_update
+from apps.profiles.services import profile_archive, profile_update
 from apps.rigs.models import Rig
 from apps.rigs.services import hardware_failed, inventory_sync
 from apps.telemetry.frames import FrameBuilder, parse
@@ -401,6 +403,55 @@ def test_the_page_of_what_waits_for_its_restart_says_why_and_lets_an_operator_gi
     html = client.get(url).content.decode()
     assert "The panel starts it again" not in html
     assert ">Stop</button>" not in html
+
+
+def test_every_page_says_what_comes_back_and_when_whatever_ended_after_it(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    assert empty_because(quad) == "Coder: Its engine died. The panel starts it again."
+    quad.gpus.filter(index=3).update(present=False)
+    waits = "Coder: Its engine died. The panel starts it again, but not yet: GPU 3 is missing."
+    assert empty_because(quad) == waits
+    tried = lies_on(quad, "others", 0)
+    assert empty_because(quad) == ""
+    end(tried)
+    ended = Deployment.objects.filter(pk=tried.pk)
+    for status in (Status.FAILED, Status.STOPPED):
+        ended.update(status=status, ended_at=timezone.now())
+        assert empty_because(quad) == waits
+    claim(died)
+    ended.update(status=Status.FAILED, status_reason="It did not load.")
+    assert empty_because(quad) == (
+        "Others: It did not load. Nothing is started by itself any more: switch to a model that works."
+    )
+
+
+@pytest.mark.parametrize("named", [("coder",), ()])
+def test_the_command_line_ends_the_wish_of_what_waits_for_its_restart(
+    quad: Any, named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    with pytest.raises(SystemExit) as accepted:
+        call_command("stop", *named)
+    assert accepted.value.code == 0
+    assert run(Job.objects.get(kind="stop")).state == JobState.SUCCEEDED
+    died.refresh_from_db()
+    assert (died.status, died.desired) == (Status.FAILED, Desired.STOPPED)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        call_command("stop", *named)
+    assert (refused.value.code, *capsys.readouterr()) == (
+        (1, "", "Coder is not running.\n") if named else (0, "Nothing runs.\n", "")
+    )
+
+
+def test_what_waits_for_its_restart_is_given_up_once_its_profile_is_archived(quad: Any) -> None:
+    died = wanted(lies_on(quad, "coder", 0, 1, 2, 3))
+    profile_archive(died.version.profile, actor=PANEL)
+    died = Deployment.objects.get(pk=died.pk)
+    assert looked(died).act == Act.GIVE_UP
+    died.refresh_from_db()
+    assert died.desired == Desired.STOPPED
+    assert died.status_reason == "Its engine died. Its profile was archived."
 
 
 def test_a_restart_that_is_refused_when_it_begins_gives_the_wish_back_and_waits(quad: Any) -> None:

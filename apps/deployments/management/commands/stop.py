@@ -1,4 +1,4 @@
-"""``manage.py stop [PROFILE]``: stop what runs, or one profile."""
+"""``manage.py stop [PROFILE]``: stop what runs or is to be started again, or one profile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from django.core.management.base import BaseCommand, CommandParser
 
 from apps.common.actors import COMMAND_LINE
 from apps.common.errors import ApplicationError
-from apps.deployments.selectors import live_deployments
+from apps.deployments.models import LIVE_OR_COMES_BACK, Deployment
 from apps.deployments.services import stop_request
 from apps.jobs.console import finish
 from apps.profiles.selectors import profile_get
@@ -17,7 +17,7 @@ from apps.rigs.selectors import rig_here
 
 
 class Command(BaseCommand):
-    help = "Stop what runs on this rig, or only one profile."
+    help = "Stop what runs on this rig or is to be started again, or only one profile."
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("profile", nargs="?", help="the profile's slug; all of them without")
@@ -26,7 +26,9 @@ class Command(BaseCommand):
         parser.add_argument("--wait", action="store_true", help="wait for the end")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        live = live_deployments(rig_here())
+        # One that died and waits for its restart is ended too: else it comes up on a rig that was to be empty.
+        running = Deployment.objects.filter(LIVE_OR_COMES_BACK, rig=rig_here())
+        live = list(running.select_related("version__profile", "rig"))
         try:
             if options["profile"]:
                 profile = profile_get(options["profile"])
