@@ -100,11 +100,26 @@ def words(cause: Cause, summary: str, suggestion: str, **suggested_options: Any)
     return build
 
 
-DISK_FULL_ROW: tuple[re.Pattern[str], Builder] = (
-    re.compile(r"No space left on device"),
-    words(
-        Cause.DISK_FULL,
-        "The disk is full: the engine could not write.",
-        "Free space where models and caches lie, then try again.",
+# A file of /dev/shm takes memory, not room on a disk: as NCCL (shmutils.cc) and PyTorch (MapAllocator.cpp) say it.
+DISK_FULL: Table = (
+    (
+        re.compile(
+            r"(?:shared memory segment|shared memory file|failed to extend) /dev/shm/[^\n]*No space left on device|"
+            r"unable to allocate shared memory\(shm\) for file <[^\n]*No space left on device"
+        ),
+        words(
+            Cause.DISK_FULL,
+            "The host's shared memory (/dev/shm) is full, or too small for what the engine's processes exchange.",
+            "Look at df -h /dev/shm: delete what engines that were killed left there (nccl-…, torch_…), or make it "
+            "larger; in a container --shm-size=16g, or shm_size in its compose file.",
+        ),
+    ),
+    (
+        re.compile(r"No space left on device"),
+        words(
+            Cause.DISK_FULL,
+            "The disk is full: the engine could not write.",
+            "Free space where models and caches lie, then try again.",
+        ),
     ),
 )

@@ -295,6 +295,12 @@ FAILURES = [
     ("[rigpanel] failed: Serve refused the application (400): bad schema\n", Cause.BAD_FLAG, "bad schema"),
     ("OSError: [Errno 28] No space left on device\n", Cause.DISK_FULL, "disk is full"),
     (
+        "(pid 6) Error while creating shared memory segment /dev/shm/nccl-Ewj (size 33030528), error: No space left on "
+        "device (28)\n",
+        Cause.DISK_FULL,
+        "/dev/shm",
+    ),
+    (
         "(pid 6) (EngineCore pid=7) ERROR 11-26 11:31:21 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
         "unexpectedly (exit code: -4), shutting down executor.\n(pid 6) vllm.v1.engine.exceptions.EngineDeadError: x\n",
         Cause.CRASHED,

@@ -304,6 +304,69 @@ FAILURES = [
     ("/opt/vllm/bin/python: No module named 'vllm'", 1, Cause.ENGINE_MISSING, {}),
     # kill -9 of the engine's own process: the server leaves with 0
     ("vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.", 0, Cause.CRASHED, {}),
+    # From here to the next comment as the sources of vLLM 0.32, PyTorch and NCCL write them.
+    (
+        "ValueError: To serve at least one request with the model's max seq len (4096), (0.5 GiB KV cache is needed, "
+        "which is larger than the available KV cache memory (0.02 GiB). Try increasing `gpu_memory_utilization` ...",
+        1,
+        Cause.KV_CACHE_TOO_SMALL,
+        {"gpu_memory_utilization": 0.95},
+    ),
+    (
+        "ValueError: Cannot auto-fit max_model_len: not enough GPU memory available to serve even a single token. Try "
+        "increasing `gpu_memory_utilization`.",
+        1,
+        Cause.KV_CACHE_TOO_SMALL,
+        {"gpu_memory_utilization": 0.95},
+    ),
+    (
+        "Failed: Cuda error /workspace/csrc/custom_all_reduce.cuh:455 'peer access is not supported between these two "
+        "devices'",
+        1,
+        Cause.NCCL,
+        {"disable_custom_all_reduce": True},
+    ),
+    (
+        "Failed: Cuda error /workspace/csrc/custom_all_reduce.cuh:455 'invalid argument'\n"
+        "Worker proc VllmWorker-0 died unexpectedly (exit code: None), shutting down executor.",
+        1,
+        Cause.NCCL,
+        {"disable_custom_all_reduce": True},
+    ),
+    (  # the first call that notices another kernel's error, so the exchange is not the reason
+        "Failed: Cuda error /workspace/csrc/custom_all_reduce.cuh:455 'an illegal memory access was encountered'",
+        1,
+        Cause.UNKNOWN,
+        {},
+    ),
+    (
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=8, "
+        "NumelOut=8, Timeout(ms)=600000) ran for 600004 milliseconds before timing out.",
+        1,
+        Cause.NCCL,
+        {},
+    ),
+    (
+        "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. "
+        "port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
+        1,
+        Cause.PORT_BUSY,
+        {},
+    ),
+    (  # a warning: it goes on with another address
+        "[W socket.cpp:401] [c10d] The server socket has failed to bind to [::]:29500 (errno: 98 - Address already in "
+        "use).",
+        1,
+        Cause.UNKNOWN,
+        {},
+    ),
+    (
+        "ValueError: The input size is not aligned with the quantized weight shape. This can be caused by too large "
+        "tensor parallel size.",
+        1,
+        Cause.UNSUPPORTED_SPLIT,
+        {},
+    ),
     # 0.32's sources: the kernel ends a process of vLLM's own, and the server leaves with 1
     (
         "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor.\n"
@@ -340,6 +403,75 @@ def test_a_failure_is_recognised_below_its_wrapper(
     assert found.summary.endswith((".", ")")) or found.cause is Cause.WRONG_QUANTIZATION
     if cause is not Cause.UNKNOWN and exit_code >= 0:
         assert any(line[:60] in shown for shown in found.evidence)
+
+
+@pytest.mark.parametrize(
+    ("last", "cause", "suggested"),
+    [
+        ("Cuda failure 2 'out of memory'", Cause.OUT_OF_MEMORY, {"gpu_memory_utilization": 0.85}),
+        ("Cuda failure 'out of memory'", Cause.OUT_OF_MEMORY, {"gpu_memory_utilization": 0.85}),
+        ("Cuda failure 1 'invalid argument'", Cause.NCCL, {"disable_custom_all_reduce": True}),
+        (
+            "Error while creating shared memory segment /dev/shm/nccl-Ewjreo (size 33030528), error: No space left on "
+            "device (28)",
+            Cause.DISK_FULL,
+            {},
+        ),
+        (
+            "Error while creating shared memory segment /dev/shm/nccl-NzwJ7O (size 9637888)",
+            Cause.NCCL,
+            {"disable_custom_all_reduce": True},
+        ),
+    ],
+)
+def test_what_nccl_names_as_its_last_error_is_the_reason(last: str, cause: Cause, suggested: dict[str, object]) -> None:
+    log = (
+        "INFO non-default args: {'gpu_memory_utilization': 0.9}\n"
+        "torch.distributed.DistBackendError: NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
+        "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    )
+    found = adapter.diagnose(log + last + "\n", 1)
+    assert (found.cause, dict(found.suggested_options)) == (cause, suggested)
+
+
+@pytest.mark.parametrize("begun", ["Loading model from scratch...", "Starting to load model /models/x..."])
+def test_memory_that_ran_out_while_weights_were_read_is_no_matter_of_utilization(begun: str) -> None:
+    """gpu_memory_utilization sizes the KV cache, which is made after the weights."""
+    start = f"INFO non-default args: {{'gpu_memory_utilization': 0.92}}\nINFO {begun}\n"
+    error = "ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    loading = adapter.diagnose(start + error, 1)
+    assert (loading.cause, dict(loading.suggested_options)) == (Cause.OUT_OF_MEMORY, {})
+    assert "weights" in loading.summary
+    assert "quantisation" in loading.suggestion
+    loaded = start + "INFO Model loading took 18.49 GiB memory and 2.35 seconds\n"
+    assert adapter.diagnose(loaded + error, 1).suggested_options == {"gpu_memory_utilization": 0.87}
+    again = adapter.diagnose(loaded + start + error, 1)  # a second start in the same log
+    assert dict(again.suggested_options) == {}
+
+
+def test_a_cache_of_fixed_size_that_is_too_small_is_made_larger() -> None:
+    log = (
+        "INFO non-default args: {'kv_cache_memory_bytes': 1073741824, 'gpu_memory_utilization': 0.9}\n"
+        "ValueError: To serve at least one request with the model's max seq len (262144), (36.0 GiB KV cache is "
+        "needed, which is larger than the available KV cache memory (0.02 GiB). Try increasing ...\n"
+    )
+    found = adapter.diagnose(log, 1)
+    assert found.cause is Cause.KV_CACHE_TOO_SMALL
+    assert found.suggested_options == {"kv_cache_memory_bytes": 37 << 30}
+    assert "262,144 tokens needs 36.0 GiB" in found.summary
+
+
+def test_shared_memory_that_is_full_is_not_called_a_full_disk() -> None:
+    nccl = (
+        "Error while creating shared memory segment /dev/shm/nccl-Ewj (size 33030528), error: No space left on device"
+    )
+    torch = "RuntimeError: unable to allocate shared memory(shm) for file </torch_6>: No space left on device (28)"
+    for line in (nccl, torch):
+        found = adapter.diagnose(f"{line}\nOSError: [Errno 28] No space left on device\n", 1)
+        assert found.cause is Cause.DISK_FULL
+        assert "/dev/shm" in found.summary
+        assert "--shm-size" in found.suggestion
 
 
 def test_a_process_that_the_kernel_ended_is_no_crash_and_does_not_hide_a_reason_above_it() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from apps.engines.diagnosis import DISK_FULL_ROW, Builder, Table, words
+from apps.engines.diagnosis import DISK_FULL, Builder, Table, words
 from apps.engines.protocol import Cause
 
 # (pattern, phase, fraction of the whole start when the line appears), in the order of a start.
@@ -73,7 +73,7 @@ _instruction = words(
 )
 
 TABLE: Table = (
-    DISK_FULL_ROW,
+    *DISK_FULL,
     (re.compile(r"error loading model: (device \S+ does not support split buffers|[^\n]*SPLIT_MODE_[^\n]*)"), _split),
     (re.compile(r"Illegal instruction|SIGILL"), _instruction),
     (re.compile(r"couldn't bind HTTP server socket.*?port: (\d+)"), _port),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from apps.engines.diagnosis import DISK_FULL_ROW, Table, words
+from apps.engines.diagnosis import DISK_FULL, Table, words
 from apps.engines.protocol import Cause, Diagnosis, HealthProbe, Readiness, ReadinessState
 from apps.engines.vllm.logs import TABLE as VLLM_TABLE
 from apps.engines.vllm.logs import judge_start as judge_vllm_start
@@ -121,7 +121,7 @@ _illegal_instruction = words(
 )
 
 TABLE: Table = (
-    DISK_FULL_ROW,
+    *DISK_FULL,
     (re.compile(r"No module named '(pyarrow|pandas|ray\.serve|ray\.llm|vllm|aiohttp|ray)[^']*'"), _module),
     (re.compile(r"(?:No module named|ModuleNotFoundError:.*?) '?(pyarrow|pandas|vllm)"), _module),
     (re.compile(r"Unknown engine argument: (\w+)"), _argument),

@@ -1,14 +1,15 @@
 """Why a start of vLLM failed, or a served one ended: log lines, the sentence for them, and one change that would help.
 
-Lines of 0.26 were recorded on a GPU, those of 0.32 on the CPU; the others stand in vLLM's, PyTorch's, Transformers' and
-the hub library's own sources. More particular patterns come first: a root cause is logged above its wrappers.
+Lines of 0.26 were recorded on a GPU, those of 0.32 on the CPU; the others stand in vLLM's, PyTorch's, NCCL's,
+Transformers' and the hub library's own sources. More particular patterns come first: a root cause is logged above its
+wrappers.
 """
 
 from __future__ import annotations
 
 import re
 
-from apps.engines.diagnosis import DISK_FULL_ROW, Table, killed, words
+from apps.engines.diagnosis import DISK_FULL, Table, killed, words
 from apps.engines.protocol import Cause, Diagnosis
 from apps.engines.vllm.memory_causes import MEMORY
 
@@ -183,6 +184,20 @@ _nccl = words(
     disable_custom_all_reduce=True,
 )
 
+# NCCL is not to blame here, so it takes the exchange over.
+_custom_all_reduce = words(
+    Cause.NCCL,
+    "vLLM's own all-reduce cannot use these cards' memory for each other: {1}.",
+    "Set disable_custom_all_reduce, which leaves the exchange to NCCL alone.",
+    disable_custom_all_reduce=True,
+)
+
+_watchdog = words(
+    Cause.NCCL,
+    "A GPU waited for the others (NCCL) until its time was up: one of them stands still.",
+    "Look for Xid lines in the kernel log, run the verify suite's NVLink and peer-to-peer checks, then start again.",
+)
+
 
 def _process_killed(match: re.Match[str]) -> Diagnosis:
     return killed("One of vLLM's own processes")
@@ -201,7 +216,7 @@ _not_installed = words(
 )
 
 TABLE: Table = (
-    DISK_FULL_ROW,
+    *DISK_FULL,
     (re.compile(r"error: unrecognized arguments: ([^\n]+)"), _flag),
     (re.compile(r"vllm: error: argument ([^\n]+)"), _flag),
     (
@@ -271,7 +286,15 @@ TABLE: Table = (
         ),
         _architecture,
     ),
-    (re.compile(r"\[Errno 98\] Address already in use|error while attempting to bind on address"), _port),
+    (
+        # PyTorch's, for the port that the ranks meet at: the error that is raised, not its warnings before it.
+        re.compile(
+            r"\[Errno 98\] Address already in use|error while attempting to bind on address|"
+            r"Error: The server socket has failed to listen on any local network address[^\n]*"
+            r"(?:EADDRINUSE|Address already in use)"
+        ),
+        _port,
+    ),
     (re.compile(r"GatedRepoError|Cannot access gated repo|Access to model \S+ is restricted"), _gated),
     (re.compile(r"401 Client Error|Invalid username or password|Invalid user token"), _unauthorised),
     (
@@ -301,9 +324,17 @@ TABLE: Table = (
     (
         re.compile(
             r"[^\n]*is not divisible by (?:weight )?(?:tensor parallel size|min_thread_[nk]|the group "
-            r"size)[^\n]*"
+            r"size)[^\n]*|The (?:in|out)put size is not aligned with the quantized weight shape[^\n]*"
         ),
         _indivisible,
+    ),
+    (
+        # Other errors that it reports, as of an illegal access, come from kernels before it.
+        re.compile(
+            r"Failed: (?:Cuda error )?\S*custom_all_reduce\.cuh:\d+ "
+            r"'(peer access is not supported between these two devices|invalid argument)'"
+        ),
+        _custom_all_reduce,
     ),
     # Above NCCL: a peer that was killed breaks the exchange of the others.
     (
@@ -317,6 +348,7 @@ TABLE: Table = (
         re.compile(r"NCCL error[^\n]*|ncclSystemError|ncclInternalError|ncclUnhandledCudaError|ncclRemoteError"),
         _nccl,
     ),
+    (re.compile(r"Watchdog caught collective operation timeout: WorkNCCL"), _watchdog),
     (
         re.compile(r"No module named '(?:vllm|torch)[^']*'|No package metadata was found for vllm"),
         _not_installed,

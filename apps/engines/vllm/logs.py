@@ -7,6 +7,7 @@ import re
 
 from apps.engines.protocol import HealthProbe, Readiness, ReadinessState
 from apps.engines.vllm.causes import TABLE
+from apps.engines.vllm.memory_causes import BEGINS_LOADING, LOADED
 
 __all__ = ["TABLE", "judge_start"]
 
@@ -15,9 +16,9 @@ __all__ = ["TABLE", "judge_start"]
 PHASES = (
     (re.compile(r"Resolved architecture:"), "config", 0.05, 0.05),
     (re.compile(r"Initializing a V1 LLM engine"), "config", 0.10, 0.10),
-    (re.compile(r"Loading model from scratch|Starting to load model"), "weights", 0.15, 0.15),
+    (BEGINS_LOADING, "weights", 0.15, 0.15),
     (re.compile(r"Loading (?:safetensors|pt) checkpoint shards: +(\d+)%"), "weights", 0.15, 0.50),
-    (re.compile(r"Model loading took"), "weights", 0.50, 0.50),
+    (LOADED, "weights", 0.50, 0.50),
     (
         re.compile(r"Using cache directory: \S+ for vLLM's torch.compile|Dynamo bytecode"),
         "compile",

@@ -10,6 +10,8 @@ from apps.engines.protocol import Cause, Diagnosis
 
 SETTING = r"'{name}': (True|False|-?[\d.]+)"
 MOST_UTILIZATION = 0.95
+BEGINS_LOADING = re.compile(r"Loading model from scratch|Starting to load model")
+LOADED = re.compile(r"Model loading took")
 
 
 def _asked(match: re.Match[str], name: str) -> float | None:
@@ -25,17 +27,33 @@ def _eager(match: re.Match[str]) -> bool:
 
 
 def _cache_too_small(match: re.Match[str]) -> Diagnosis:
-    wanted, needed, available, possible = int(match[1]), match[2], match[3], int(match[4])
+    """vLLM names the length that would be possible, but for one of 0."""
+    wanted, needed, available = int(match[1]), match[2], match[3]
+    summary = f"A context of {wanted:,} tokens needs {needed} GiB of KV cache per GPU; {available} GiB are left."
+    if not match[4]:
+        return _more_cache(match, summary, needed_bytes=(math.floor(float(needed)) + 1) << 30)
+    possible = int(match[4])
     return Diagnosis(
         Cause.KV_CACHE_TOO_SMALL,
-        f"A context of {wanted:,} tokens needs {needed} GiB of KV cache per GPU; {available} GiB are left.",
+        summary,
         suggestion=f"Set max_model_len to {possible}, or raise gpu_memory_utilization.",
         suggested_options={"max_model_len": possible},
     )
 
 
 def _no_cache_memory(match: re.Match[str]) -> Diagnosis:
-    summary = "The weights and activations leave no memory for the KV cache."
+    return _more_cache(match, "The weights and activations leave no memory for the KV cache.")
+
+
+def _more_cache(match: re.Match[str], summary: str, needed_bytes: int | None = None) -> Diagnosis:
+    """``needed_bytes``: what one request takes, where vLLM said so."""
+    if needed_bytes is not None and _asked(match, "kv_cache_memory_bytes") is not None:
+        return Diagnosis(
+            Cause.KV_CACHE_TOO_SMALL,
+            summary,
+            suggestion=f"Set kv_cache_memory_bytes to {needed_bytes >> 30} GiB, or max_model_len lower.",
+            suggested_options={"kv_cache_memory_bytes": needed_bytes},
+        )
     now = _asked(match, "gpu_memory_utilization")
     if now is not None and now < MOST_UTILIZATION:
         more = min(MOST_UTILIZATION, round(now + 0.05, 2))
@@ -76,6 +94,12 @@ def _memory_taken(match: re.Match[str]) -> Diagnosis:
     )
 
 
+def _loading(match: re.Match[str]) -> bool:
+    """Whether the weights were being read: only what comes after them is sized by gpu_memory_utilization."""
+    begun = max((found.end() for found in BEGINS_LOADING.finditer(match.string, 0, match.start())), default=None)
+    return begun is not None and not LOADED.search(match.string, begun, match.start())
+
+
 def _out_of_memory(match: re.Match[str]) -> Diagnosis:
     """PyTorch names the device by the engine's own count: GPU 0 is the first of the replica's cards."""
     found = re.search(r"Tried to allocate ([\d.]+ \w+)\. GPU (\d+) has a total capacity", match.string[match.start() :])
@@ -84,6 +108,13 @@ def _out_of_memory(match: re.Match[str]) -> Diagnosis:
         if found
         else "A GPU ran out of memory."
     )
+    if _loading(match):
+        return Diagnosis(
+            Cause.OUT_OF_MEMORY,
+            f"While the weights were loaded: {summary}",
+            suggestion="Use more GPUs per replica, or a smaller quantisation of the model. gpu_memory_utilization does "
+            "not bound what the weights take.",
+        )
     now = _asked(match, "gpu_memory_utilization") or 0.92
     if now > 0.5:
         less = round(now - 0.05, 2)
@@ -136,12 +167,15 @@ MEMORY: Table = (
     (
         re.compile(
             r"max seq len \((\d+)\), \(" + GIB + r" GiB KV cache is needed, which is larger than the available "
-            r"KV cache memory \(" + GIB + r" GiB\)\. Based on the available memory, the estimated maximum model "
-            r"length is (\d+)"
+            r"KV cache memory \(" + GIB + r" GiB\)\."
+            r"(?: Based on the available memory, the estimated maximum model length is (\d+))?"
         ),
         _cache_too_small,
     ),
-    (re.compile(r"No available memory for the cache blocks"), _no_cache_memory),
+    (
+        re.compile(r"No available memory for the cache blocks|Cannot auto-fit max_model_len: not enough"),
+        _no_cache_memory,
+    ),
     (
         re.compile(
             r"Free memory on device \S+ \(" + GIB + "/" + GIB + r" GiB\) on startup is less than desired GPU memory "
@@ -150,7 +184,11 @@ MEMORY: Table = (
         _memory_taken,
     ),
     (
-        re.compile(r"torch\.(?:cuda\.)?OutOfMemoryError|CUDA out of memory|CUDA error: out of memory"),
+        # The last as NCCL writes it (checks.h), with and without a number: its buffers lie outside vLLM's budget.
+        re.compile(
+            r"torch\.(?:cuda\.)?OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|"
+            r"Cuda failure (?:\d+ )?'out of memory'"
+        ),
         _out_of_memory,
     ),
     (
