@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import psutil
-import structlog
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils.crypto import salted_hmac
@@ -36,7 +35,6 @@ from apps.profiles.models import Device
 from apps.runners.protocol import Handle, LaunchSpec, Observation, ProcessState, Runner, RunnerError
 from apps.runners.registry import choose_runner
 
-log = structlog.get_logger(__name__)
 LOG_TAIL_BYTES = 6000
 LOG_KEEP_BYTES = 512 * 1024
 
@@ -112,8 +110,8 @@ def _launch_id(deployment: Deployment, index: int) -> str:
 def renew(replica: Replica, the_plan: Plan) -> None:
     """Make a replica ready for another launch on its cards and port; its old one must have been stopped.
 
-    With a new key: what remembers the old engine is refused by the new one."""
-    old = handle_of(replica)
+    With a new key: what remembers the old engine is refused by the new one. The old launch's folder stays for whoever
+    wants its whole log (``pruning``)."""
     Replica.objects.filter(pk=replica.pk).update(
         launch_id=_launch_id(replica.deployment, replica.index),
         engine_key=_engine_key(the_plan),
@@ -124,11 +122,6 @@ def renew(replica: Replica, the_plan: Plan) -> None:
         healthy=False,
     )
     replica.refresh_from_db()
-    if old is not None:
-        try:
-            runner().forget(old)  # no row knows it any more
-        except RunnerError as error:
-            log.warning("folder of an ended launch kept", launch=old.launch_id, error=str(error))
 
 
 def _engine_key(the_plan: Plan) -> str:

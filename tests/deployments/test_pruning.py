@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -14,13 +17,23 @@ from apps.deployments import launching, pruning
 from apps.deployments.models import Deployment, Replica, Status
 from apps.deployments.pruning import prune_launches
 from apps.deployments.services import switch_request
+from apps.jobs.models import JobState
 from apps.jobs.signals import hourly
+from apps.runners.protocol import ProcessState
+from tests.deployments.test_replica_restarts import noticed, replica, serve_twins
 from tests.deployments.test_switch import run, serving
 from tests.factories.profiles import simulated_profile
 
 
 def folder_of(name: str) -> Any:
     return settings.ENGINES_DIR / Replica.objects.get(deployment__served_name=name).launch_id
+
+
+def age(folder: Any, days: float) -> None:
+    """As if nothing had been written there for so long."""
+    at = time.time() - days * 86400
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (at, at))
 
 
 @pytest.fixture
@@ -71,6 +84,60 @@ def test_an_engine_that_lives_on_without_its_row_knowing_keeps_its_folder(three:
     prune_launches(settings.RIG_NAME)
     assert folder_of("new").exists()
     assert launching.observe(replica).pids
+
+
+def died_and_started_again(alice: Any) -> tuple[Any, Any]:
+    """The folder of a replica's first launch and of the one that took its place."""
+    serve_twins(alice)
+    first = settings.ENGINES_DIR / replica(1).launch_id
+    assert run(noticed()).state == JobState.SUCCEEDED
+    return first, settings.ENGINES_DIR / replica(1).launch_id
+
+
+def test_the_whole_log_of_a_replica_that_crashed_stays_readable_for_days(sim_rig: Any, alice: Any) -> None:
+    first, second = died_and_started_again(alice)
+    assert first != second
+    assert "Application startup complete" in (first / "log").read_text()
+    assert prune_launches(settings.RIG_NAME) == 0
+    age(first, days=15)
+    assert prune_launches(settings.RIG_NAME) == 1
+    assert not first.exists()
+    assert second.exists()
+    assert serving() == ["twins"]
+
+
+def test_a_launch_that_a_replica_left_behind_counts_as_one_that_ended(
+    sim_rig: Any, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "KEEP_NEWEST", 1)
+    first, second = died_and_started_again(alice)
+    assert run(noticed()).state == JobState.SUCCEEDED
+    assert prune_launches(settings.RIG_NAME) == 1
+    assert not first.exists()
+    assert second.exists(), "the newest of those that ended"
+
+
+def test_one_that_lives_on_or_that_was_never_a_replicas_keeps_its_folder(sim_rig: Any, alice: Any) -> None:
+    serve_twins(alice)
+    lost = replica(1)
+    lives = settings.ENGINES_DIR / lost.launch_id
+    handle = launching.handle_of(lost)
+    assert handle is not None
+    # As after a backup was restored that was made while another launch ran.
+    Replica.objects.filter(pk=lost.pk).update(launch_id=f"d{lost.deployment_id}-r1-ffffff", handle=None)
+    strays = [settings.ENGINES_DIR / name for name in (f"d{lost.deployment_id}-r7-abcdef", f"d{lost.deployment_id}-x")]
+    for folder in strays:
+        shutil.copytree(lives, folder)
+    for folder in (lives, *strays):
+        age(folder, days=15)
+    try:
+        assert prune_launches(settings.RIG_NAME) == 0
+        assert launching.runner().observe(handle).state == ProcessState.RUNNING
+        assert all(folder.exists() for folder in (lives, *strays))
+    finally:
+        launching.runner().stop(handle)
+        for folder in strays:
+            shutil.rmtree(folder)
 
 
 def test_another_rigs_launches_are_its_own_matter(three: None) -> None:

@@ -89,7 +89,7 @@ def test_it_alone_is_started_again_while_the_other_serves_on(twins: Profile) -> 
     acts = [e.action for e in AuditEntry.objects.order_by("pk") if e.action.startswith("deployment.")]
     assert acts == ["deployment.degraded", "deployment.recovered"]
     told = [line.text for line in job.log_lines.order_by("pk")]
-    assert told.index("The end of its log:") + 1 < len(told)  # the old launch's folder is gone
+    assert told.index("The end of its log:") + 1 < len(told)
 
 
 def test_it_lies_on_its_own_cards_though_others_are_free(sim_rig: Any, alice: Any) -> None:
