@@ -40,7 +40,7 @@ from apps.engines.registry import servers_of
 from apps.profiles.advice import Advice
 from apps.profiles.binding import Binding, bind, bound, exchanges, with_nccl
 from apps.profiles.fit import NO_CORRECTION, Verdict, prediction_of
-from apps.profiles.forecast import Forecast, RigState, advice_for, forecast
+from apps.profiles.forecast import Forecast, RigState, advice_for, forecast, host_cache_bytes
 from apps.profiles.host_facts import numa_host
 from apps.profiles.models import Device, ProfileVersion
 from apps.profiles.placement import Card, DoesNotFit, RigFacts, is_nvlinked, place
@@ -262,6 +262,7 @@ def launches(the_plan: Plan, slots: tuple[ReplicaSlot, ...]) -> tuple[EngineLaun
             weights_bytes=model.weights_bytes,
             kv_bytes_per_token=model.kv_bytes_per_token,
             max_context_tokens=model.max_context_tokens,
+            request_cache_bytes=host_cache_bytes(version),
             tool_parser=model.tool_parser or None,
             reasoning_parser=model.reasoning_parser or None,
             quantization=model.quantization or None,

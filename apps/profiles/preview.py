@@ -23,6 +23,7 @@ from apps.engines.protocol import (
 from apps.engines.registry import adapter, servers_of
 from apps.installs.selectors import install_for
 from apps.profiles.binding import bind, bound, exchanges, with_nccl
+from apps.profiles.forecast import host_cache_bytes
 from apps.profiles.host_facts import numa_host
 from apps.profiles.models import Device, ProfileVersion
 from apps.profiles.placement import Bridge, Card, DoesNotFit, Placement, RigFacts, place
@@ -169,6 +170,7 @@ def _model(version: ProfileVersion, rig: Rig) -> ModelSpec:
         weights_bytes=model.weights_bytes,
         kv_bytes_per_token=model.kv_bytes_per_token,
         max_context_tokens=model.max_context_tokens,
+        request_cache_bytes=host_cache_bytes(version),
         tool_parser=model.tool_parser or None,
         reasoning_parser=model.reasoning_parser or None,
         quantization=model.quantization or None,

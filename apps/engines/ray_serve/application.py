@@ -8,7 +8,7 @@ from apps.engines.options import safe_text
 from apps.engines.protocol import NCCL_DEFAULT, LaunchContext, ModelSpec, ReplicaSlot
 from apps.engines.ray_serve.options import RayServeOptions, engine_arguments
 from apps.engines.ray_serve.status import PLACE
-from apps.engines.vllm.adapter import CPU_KV_CACHE_BYTES
+from apps.engines.vllm.adapter import cpu_cache_bytes
 
 NAME = "model"
 BUILDER = "ray.serve.llm:build_openai_app"  # no ``serve run`` line takes replicas, sizes or an address
@@ -79,7 +79,7 @@ def arguments(context: LaunchContext, options: RayServeOptions) -> dict[str, Any
     if world > 1 and on_gpus(context) and not context.nvlinked:
         given["disable_custom_all_reduce"] = True
     if not on_gpus(context) and not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(chosen):
-        given["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+        given["kv_cache_memory_bytes"] = cpu_cache_bytes(context.model)
     given |= chosen
     if tool and tool != "none":
         given |= {"enable_auto_tool_choice": True, "tool_call_parser": tool}

@@ -49,6 +49,11 @@ STOP_SIGNALS = (("SIGTERM", 15.0), ("SIGTERM", 10.0), ("SIGKILL", 10.0))
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
+def cpu_cache_bytes(model: ModelSpec) -> int:
+    """On each rank. Never less than one request of the full length, with which vLLM would refuse to start."""
+    return max(CPU_KV_CACHE_BYTES, model.request_cache_bytes or 0)
+
+
 class VllmAdapter:
     kind = EngineKind.VLLM
     health_path = "/health"
@@ -173,7 +178,9 @@ def _arguments(context: LaunchContext, options: VllmOptions, slot: ReplicaSlot) 
         *_when(context.data_parallel_size > 1, "--data-parallel-size", str(context.data_parallel_size)),
         *option_flags(options),
         *_sleep_flags(context, options, slot),
-        *_when(_on_cpu(slot) and not _sizes_memory(options), "--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)),
+        *_when(
+            _on_cpu(slot) and not _sizes_memory(options), "--kv-cache-memory-bytes", str(cpu_cache_bytes(context.model))
+        ),
         *_when(plain_all_reduce, "--disable-custom-all-reduce"),
         *_parsers(context.model, options),
     )
