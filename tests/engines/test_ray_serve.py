@@ -114,6 +114,13 @@ def test_what_serve_sets_itself_is_not_among_the_engines_arguments() -> None:
     assert given["tool_call_parser"] == "hermes"
 
 
+@pytest.mark.parametrize("asked", ["auto", -1])
+def test_a_context_as_long_as_fits_is_a_number_to_the_engine(asked: object) -> None:
+    """``auto`` is a word of vLLM's command line alone; its argument class takes -1 for it."""
+    automatic = replace(coder(), options={"max_model_len": asked})
+    assert config(automatic)["engine_kwargs"]["max_model_len"] == -1
+
+
 def test_cards_without_a_bridge_do_without_vllms_own_all_reduce() -> None:
     assert "disable_custom_all_reduce" not in config(coder())["engine_kwargs"]
     assert config(replace(coder(), nvlinked=False))["engine_kwargs"]["disable_custom_all_reduce"] is True

@@ -148,6 +148,13 @@ def test_dashes_and_underscores_mean_the_same_option() -> None:
     }
 
 
+@pytest.mark.parametrize("asked", ["auto", -1, "-1"])
+def test_a_context_as_long_as_fits_has_one_spelling(asked: object) -> None:
+    assert adapter.check({"max_model_len": asked}) == {"max_model_len": "auto"}
+    argv = adapter.launch_specs(replace(seed("mixtral-8x22b-tp4"), options={"max_model_len": asked}))[0].argv
+    assert argv[argv.index("--max-model-len") + 1] == "auto"
+
+
 def test_a_switched_off_option_becomes_its_no_form() -> None:
     off = replace(seed("mixtral-8x22b-tp4"), options={"enable_prefix_caching": False})
     assert "--no-enable-prefix-caching" in adapter.launch_specs(off)[0].argv

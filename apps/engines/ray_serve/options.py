@@ -38,4 +38,6 @@ SERVES_OWN = ("max_ongoing_requests", "stream_batching_interval_ms")
 def engine_arguments(options: RayServeOptions) -> dict[str, Any]:
     """What was set for vLLM, by the names of its own argument classes."""
     set_ones = options.model_dump(mode="json", exclude_none=True)
+    if set_ones.get("max_model_len") == "auto":
+        set_ones["max_model_len"] = -1  # the word exists for vLLM's command line alone
     return {name: value for name, value in set_ones.items() if name not in SERVES_OWN}

@@ -87,6 +87,11 @@ class VllmOptions(Options):
     override_generation_config: JsonObject | None = None
     speculative_config: JsonObject | None = None
 
+    @field_validator("max_model_len", mode="before")
+    @classmethod
+    def one_word_for_as_long_as_fits(cls, value: Any) -> Any:
+        return "auto" if value in (-1, "-1") else value  # vLLM's command line takes both
+
     @field_validator(
         *("quantization", "load_format", "attention_backend", "revision"),
         *("tool_call_parser", "reasoning_parser", "generation_config", "chat_template"),
