@@ -274,7 +274,7 @@ class Gateway:
         model = self.routes.menu.resolve(asked)
         if not allows(caller.key, model, asked):
             raise errors.key_not_for(asked, caller.key.models)
-        if self.routes.entry(model) is None:
+        if self.routes.entry(model) is None and model not in self.routes.menu.waiting:
             model = await self._on_the_menu(asked, caller)
         caller = self._still(caller)
         running = self.routes.state(model) != UNLOADED
@@ -284,7 +284,7 @@ class Gateway:
                 raise errors.already_running(model)
             answer = await self.wishes.ask(wish)
         else:
-            if not running:
+            if not running and model not in self.routes.menu.waiting:
                 raise errors.not_running(model)
             if not Role(caller.role).covers(Role.OPERATOR):
                 raise errors.operators_stop()

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from django.db.models import F, Max
+from django.db.models import Exists, F, Max, OuterRef
 
 from apps.common.roles import Role
 from apps.deployments.lacks import lacking
-from apps.deployments.models import COMING_UP, LIVE_OR_COMES_BACK, SERVING, Deployment, Status
+from apps.deployments.models import COMING_UP, LIVE_OR_COMES_BACK, SERVING, Deployment, Route, RouteState, Status
 from apps.deployments.policies.decide import request_may_load
 from apps.deployments.policies.models import LoadBy
 from apps.deployments.policies.selectors import loading_by_profile
@@ -25,7 +25,7 @@ STATES = (
     *((status, LOADED) for status in SERVING),
     (Status.SLEEPING, SLEEPING),
     *((status, LOADING) for status in COMING_UP),
-    (Status.FAILED, LOADING),  # of those that are started again
+    (Status.FAILED, LOADING),  # of those that are started again and that requests wait for
     *((status, UNLOADED) for status in (Status.DRAINING, Status.STOPPING)),
 )
 
@@ -48,11 +48,13 @@ class Offer:
 @dataclass(frozen=True, slots=True)
 class Menu:
     """``offers`` by served name, those that ran last first. ``states`` by served name; what is missing is unloaded.
-    ``aliases``: to the served name and the profile, or to None for whatever serves."""
+    ``aliases``: to the served name and the profile, or to None for whatever serves. ``waiting``: unloaded, but to be
+    started again once a card, a pin or another model allows it, and nobody can tell when."""
 
     offers: Mapping[str, tuple[Offer, ...]] = field(default_factory=dict)
     states: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str | None] = field(default_factory=dict)
+    waiting: frozenset[str] = frozenset()
 
     def state(self, served_name: str) -> str:
         return self.states.get(served_name, UNLOADED)
@@ -69,7 +71,7 @@ class Menu:
             found = next((name for name, state in self.states.items() if state == wanted), None)
             if found is not None:
                 return found
-        return None
+        return min(self.waiting, default=None)  # whoever asks is told what it waits for
 
     def aliases_of(self, served_name: str) -> list[str]:
         return [alias for alias in self.aliases if self.resolve(alias) == served_name]
@@ -89,7 +91,10 @@ class Menu:
 def menu_read() -> Menu:
     """The menu of this moment. Queries do not grow with the number of profiles; each one's weights are looked for."""
     states: dict[str, str] = {}
-    live = list(Deployment.objects.filter(LIVE_OR_COMES_BACK).values_list("served_name", "status"))
+    held = Route.objects.filter(served_name=OuterRef("served_name"), state=RouteState.HELD)
+    rows = list(Deployment.objects.filter(LIVE_OR_COMES_BACK).values_list("served_name", "status", Exists(held)))
+    waiting = {name for name, has, is_held in rows if has == Status.FAILED and not is_held}
+    live = [(name, has) for name, has, is_held in rows if has != Status.FAILED or is_held]
     for status, state in reversed(STATES):  # loaded has the last word
         states.update({name: state for name, has in live if has == status})
     last_ran = dict(
@@ -125,4 +130,5 @@ def menu_read() -> Menu:
         {name: tuple(o for _, o in sorted(found, key=lambda f: -f[0])) for name, found in offers.items()},
         states,
         aliases,
+        frozenset(waiting),
     )

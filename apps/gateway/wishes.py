@@ -140,7 +140,7 @@ def unloaded(wish: Wish) -> Answer:
     from apps.common.actors import actor_of
     from apps.deployments.services import stop_request
 
-    # One that failed and is to be started again comes up for whoever looks at the list: it can be ended there, too.
+    # One that failed and is to be started again can be ended here, too: else it comes up though somebody unloaded it.
     there = Deployment.objects.filter(LIVE_OR_COMES_BACK, served_name=wish.served_name)
     deployment = there.order_by("-pk").first()
     user = User.objects.filter(pk=wish.user_id, is_active=True).first()

@@ -19,7 +19,7 @@ from apps.audit.models import AuditEntry
 from apps.catalog.models import Weights
 from apps.common.actors import PANEL, actor_of
 from apps.common.roles import Role
-from apps.deployments import launching
+from apps.deployments import launching, routes
 from apps.deployments.models import Deployment, Desired, RestartPolicy, Status
 from apps.deployments.policies.models import Pin, RigPolicy
 from apps.deployments.policies.services import loading_set, slot_create
@@ -433,11 +433,48 @@ def test_an_operator_who_is_demoted_while_a_request_waits_causes_no_switch(
     assert [job.profile_slug for job in Job.objects.all()] == ["other"]
 
 
+def waits_for_its_restart(rig: Any) -> Deployment:
+    version = simulated_profile("coder").current
+    return Deployment.objects.create(rig=rig, version=version, served_name="coder", status=Status.FAILED)
+
+
+def test_what_died_is_loading_while_requests_wait_for_its_restart_and_unloaded_while_that_waits_for_a_card(
+    sim_rig: Any,  # noqa: F811
+) -> None:
+    failed = waits_for_its_restart(sim_rig)
+    dozer = simulated_profile("dozer").current
+    asleep = Deployment.objects.create(rig=sim_rig, version=dozer, served_name="dozer", status=Status.SLEEPING)
+    routes.wait_for_restart(failed, None)
+    menu = menu_read()
+    assert (menu.state("coder"), menu.whatever_serves(), menu.names(Role.MEMBER)) == (
+        "loading", "coder", ["coder", "dozer"],
+    )  # fmt: skip
+    routes.end_wait_for_restart(failed)
+    menu = menu_read()
+    assert (menu.state("coder"), menu.whatever_serves(), menu.names(Role.MEMBER)) == ("unloaded", "dozer", ["dozer"])
+    asleep.delete()
+    assert menu_read().whatever_serves() == "coder"  # better that a request is told what this waits for than nothing
+    failed.delete()
+    assert menu_read().whatever_serves() is None
+
+
+def test_what_waits_for_a_card_can_be_loaded_and_unloaded(
+    sim_rig: Any,  # noqa: F811
+    within: Callable[..., Any],
+    alice: Any,
+) -> None:
+    failed = waits_for_its_restart(sim_rig)
+    token = key_create(alice, name="laptop", actor=PANEL)[1]
+    gateway = within()
+    assert states(gateway, token) == {"coder": "unloaded"}
+    assert gateway.ask("POST", "/models/load", {"model": "coder"}, key=token).json == {"success": True}
+    assert Job.objects.get(kind="switch").params["version_id"] == failed.version_id
+    assert gateway.ask("POST", "/models/unload", {"model": "coder"}, key=token).json == {"success": True}
+    assert Job.objects.get(kind="stop").params == {"deployment_id": failed.pk}
+
+
 def test_unload_ends_what_waits_for_its_restart(sim_rig: Any, alice: Any) -> None:  # noqa: F811
-    """The list calls it loading."""
-    failed = Deployment.objects.create(
-        rig=sim_rig, version=simulated_profile("coder").current, served_name="coder", status=Status.FAILED
-    )
+    failed = waits_for_its_restart(sim_rig)
     wish = Wish("coder", alice.pk, explicit=True)
     Deployment.objects.update(desired=Desired.STOPPED)
     assert wishes.unloaded(wish).forbidden
