@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -222,6 +223,132 @@ def test_a_compose_file_gives_a_profile_for_what_serves() -> None:
     assert said(llm.not_understood, "privileged")
     assert said(llm.not_understood, "NCCL_DEBUG")
     assert "neither" in said(reading.notes, "chat")
+
+
+@pytest.mark.parametrize(
+    ("variable", "flag"),
+    [
+        ("LLAMA_ARG_N_PARALLEL=2", "-np 2"),
+        ("LLAMA_ARG_BATCH=1024", "-b 1024"),
+        ("LLAMA_ARG_UBATCH=256", "-ub 256"),
+        ("LLAMA_ARG_ENDPOINT_METRICS=1", "--metrics"),
+        ("LLAMA_ARG_ENDPOINT_SLOTS=0", "--no-slots"),
+        ("LLAMA_ARG_THINK=deepseek", "--reasoning-format deepseek"),
+        ("LLAMA_ARG_THINK_BUDGET=0", "--reasoning-budget 0"),
+        ("LLAMA_ARG_ROPE_SCALING_TYPE=yarn", "--rope-scaling yarn"),
+        ("LLAMA_ARG_LOG_VERBOSITY=1", "--log-verbosity 1"),
+        ("LLAMA_ARG_UI=false", "--no-webui"),
+        ("LLAMA_ARG_KV_OFFLOAD=off", "-nkvo"),
+        ("LLAMA_ARG_KV_OFFLOAD=on", "-kvo"),
+        ("LLAMA_ARG_MMAP=0", "--no-mmap"),
+        ("LLAMA_ARG_HF_FILE=a.gguf", "-hff a.gguf"),
+        ("LLAMA_ARG_CTX_SIZE=8192", "--ctx_size 8192"),
+    ],
+)
+def test_a_variable_of_llama_cpp_means_its_flag(variable: str, flag: str) -> None:
+    by_variable, by_flag = only(f"{variable} llama-server -m x.gguf"), only(f"llama-server -m x.gguf {flag}")
+    assert by_variable.not_understood == by_flag.not_understood == []
+    assert by_variable.options == by_flag.options
+    assert [n.sentence for n in by_variable.left_out] == [n.sentence for n in by_flag.left_out]
+    assert len(by_variable.understood) + len(by_variable.left_out) == 2
+
+
+def test_a_variable_that_switches_nothing_off_is_named() -> None:
+    assert [n.text for n in only("LLAMA_ARG_CPU_MOE=0 llama-server -m x.gguf").not_understood] == [
+        "LLAMA_ARG_CPU_MOE=0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("-ot exps=CPU", "--override-tensor exps=CPU"),
+        ("-ncmoe 30", "--n-cpu-moe 30"),
+        ("-cmoe", "--cpu-moe"),
+        ("-fit off", "--fit off"),
+        ("-fitt 512", "--fit-target 512"),
+        ("-fitc 8192", "--fit-ctx 8192"),
+        ("-nkvo", "--no-kv-offload"),
+        ("-lm mlock", "--load-mode mlock"),
+        ("--temperature 0.7", "--temp 0.7"),
+    ],
+)
+def test_short_flags_of_llama_cpp_are_known(short: str, long: str) -> None:
+    recipe = only(f"llama-server {short} -m x.gguf")
+    assert recipe.options == {"extra_args": long.split()}
+    assert (recipe.model, recipe.not_understood) == ("x.gguf", [])
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("-ep", {"enable_expert_parallel": True}),
+        ("--max-num-batched-tokens 8k", {"max_num_batched_tokens": 8000}),
+        ("--max-num-batched-tokens=8K", {"max_num_batched_tokens": 8192}),
+        ("--max-model-len 25.6k", {"max_model_len": 25600}),
+        ("--max-model-len -1", {"max_model_len": "auto"}),
+        ("--kv-cache-memory-bytes 2G", {"kv_cache_memory_bytes": 2 << 30}),
+        ("--kv-cache-memory=3221225472", {"kv_cache_memory_bytes": 3 << 30}),
+        ("-cc.cudagraph_mode=PIECEWISE -cc.mode 3", {"compilation_config": {"cudagraph_mode": "PIECEWISE", "mode": 3}}),
+        (
+            "--speculative-config.method ngram --speculative_config.num_speculative_tokens 5",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5}},
+        ),
+        ("-sc.a.b 1 -sc.a.c true -sc.l+ x,y -sc.l+=z",
+         {"speculative_config": {"a": {"b": 1, "c": True}, "l": ["x", "y", "z"]}}),
+        ("-sc.a 1 --speculative-config.b 2 -sc.c 3", {"speculative_config": {"b": 2}}),
+        ("--hf-overrides.rope_scaling '{\"factor\": 2}' --hf-overrides.n 4k --hf-overrides.m -5",
+         {"hf_overrides": {"rope_scaling": {"factor": 2}, "n": 4000, "m": -5}}),
+        ("--hf-overrides.a 1 --hf-overrides '{\"b\": 2}'", {"hf_overrides": {"a": 1}}),  # as vLLM has it
+    ],
+)  # fmt: skip
+def test_common_spellings_of_vllm_are_known(line: str, options: dict[str, Any]) -> None:
+    recipe = only(f"vllm serve a/b {line}")
+    assert (recipe.options, recipe.not_understood) == (options, [])
+    told = " ".join(note.text for note in recipe.understood)
+    assert all(word.strip("'") in told for word in re.split("[ =]", line))
+
+
+def test_keys_of_what_is_no_object_are_named() -> None:
+    recipe = only(
+        "vllm serve a/b --max-model-len.x 5 --speculative-confi.method ngram --hf-overrides. 1 --hf-overrides"
+        + ".a" * 2000
+        + " 1 --profiler-config.dir /x --max-model-len 1.5K --hf-overrides.z"
+    )
+    assert recipe.options == {}
+    assert "--speculative-config" in said(recipe.not_understood, "--speculative-confi.method ngram")
+    assert {"--max-model-len.x 5", "--hf-overrides. 1", "--max-model-len 1.5K"} <= {
+        n.text for n in recipe.not_understood
+    }
+    assert said(recipe.not_understood, "--hf-overrides.z") == "--hf-overrides.z is missing its value."
+    assert said(recipe.left_out, "--profiler-config.dir /x")
+
+
+def test_a_secret_key_of_an_object_is_dropped() -> None:
+    text = "vllm serve a/b --kv-transfer-config.token my-own-password --kv-transfer-config.kv_role=kv_both"
+    reading = read_recipe(text)
+    assert "my-own-password" not in everything(reading) + redact(text)
+    assert reading.recipes[0].options == {"kv_transfer_config": {"kv_role": "kv_both"}}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--health-interval 30s --memory-reservation 8g --userns host --pids-limit -1",
+        "-dp 8000:8000",
+        "-itv/models:/models -m8g",
+        "-d -c 512 --network-alias llm --stop-signal SIGINT",
+        "-it --rm --init --privileged --health-retries=3",
+    ],
+)
+def test_flags_of_docker_do_not_hide_the_image(flags: str) -> None:
+    recipe = only(f"docker run {flags} -eHF_HUB_OFFLINE=1 -e=TZ=UTC vllm/vllm-openai:latest --model a/b -tp 4")
+    assert (recipe.engine, recipe.model, recipe.tensor_parallel_size) == ("vllm", "a/b", 4)
+    assert recipe.not_understood == []
+    told = " ".join(note.text for note in recipe.left_out)
+    assert all(word.lstrip("-ditvm") in told for word in re.split("[ =]", flags))
+    assert "HF_HUB_OFFLINE=1" in told
+    assert "TZ=UTC" in told
 
 
 COMMENTED = """

@@ -9,24 +9,25 @@ from typing import Any
 from apps.profiles.recipes.result import Reading, Recipe
 from apps.profiles.recipes.shell import ASSIGNMENT, Command, read_commands, shell_line
 
-# docker run's flags that take a value; the others are switches.
+# docker run's flags that take a value, as ``docker run --help`` lists them; the others are switches. The last line
+# holds their older names.
 WITH_VALUE = frozenset(
     {
-        *("-e", "--env", "--env-file", "-v", "--volume", "--mount", "-p", "--publish"),
-        *("--name", "--gpus", "--shm-size", "--ipc", "--network", "--net", "--restart", "-m"),
-        *("--memory", "--memory-swap", "--cpus", "--cpuset-cpus", "--device", "--entrypoint", "-w", "--workdir"),
-        *("-u", "--user", "--ulimit", "-l", "--label", "--hostname", "-h", "--runtime"),
-        *(
-            "--platform",
-            "--pull",
-            "--add-host",
-            "--log-driver",
-            "--log-opt",
-            "--security-opt",
-            "--cap-add",
-            "--cap-drop",
-        ),
-        *("--health-cmd", "--stop-timeout", "--tmpfs", "--group-add", "--pid", "--dns", "--expose", "--sysctl"),
+        *("-a", "-c", "-e", "-h", "-l", "-m", "-p", "-u", "-v", "-w", "--add-host", "--annotation", "--attach"),
+        *("--blkio-weight", "--blkio-weight-device", "--cap-add", "--cap-drop", "--cgroup-parent", "--cgroupns"),
+        *("--cidfile", "--cpu-count", "--cpu-percent", "--cpu-period", "--cpu-quota", "--cpu-rt-period"),
+        *("--cpu-rt-runtime", "--cpu-shares", "--cpus", "--cpuset-cpus", "--cpuset-mems", "--detach-keys", "--device"),
+        *("--device-cgroup-rule", "--device-read-bps", "--device-read-iops", "--device-write-bps"),
+        *("--device-write-iops", "--dns", "--dns-option", "--dns-search", "--domainname", "--entrypoint", "--env"),
+        *("--env-file", "--expose", "--gpus", "--group-add", "--health-cmd", "--health-interval", "--health-retries"),
+        *("--health-start-interval", "--health-start-period", "--health-timeout", "--hostname", "--io-maxbandwidth"),
+        *("--io-maxiops", "--ip", "--ip6", "--ipc", "--isolation", "--kernel-memory", "--label", "--label-file"),
+        *("--link", "--link-local-ip", "--log-driver", "--log-opt", "--mac-address", "--memory", "--mount", "--name"),
+        *("--memory-reservation", "--memory-swap", "--memory-swappiness", "--network", "--network-alias"),
+        *("--oom-score-adj", "--pid", "--pids-limit", "--platform", "--publish", "--pull", "--restart", "--runtime"),
+        *("--security-opt", "--shm-size", "--stop-signal", "--stop-timeout", "--storage-opt", "--sysctl", "--tmpfs"),
+        *("--ulimit", "--user", "--userns", "--uts", "--volume", "--volume-driver", "--volumes-from", "--workdir"),
+        *("--dns-opt", "--net", "--net-alias"),
     }
 )
 WHY = {
@@ -82,11 +83,15 @@ def read_docker_run(recipe: Recipe, args: list[str]) -> tuple[list[str], dict[st
     at = 0
     while at < len(args) and args[at].startswith("-"):
         flag, equals, value = args[at].partition("=")
+        if not flag.startswith("--") and len(args[at]) > 2:
+            switches, flag, equals, value = _cluster(args[at])
+            for switch in switches:
+                recipe.leave(switch, NO_CONTAINER)
         at += 1
-        if not flag.startswith("--") and len(flag) > 2 and flag[:2] in ("-e", "-v", "-p"):
-            flag, value, equals = flag[:2], flag[2:] + equals + value, "="
-        elif not equals and flag in WITH_VALUE:
+        if not equals and flag in WITH_VALUE:
             value, at = (args[at] if at < len(args) else ""), at + 1
+        if not flag:
+            continue
         if flag in ("-e", "--env"):
             match = ASSIGNMENT.match(value)
             env[match[1] if match else value] = match[2] if match else ""
@@ -105,6 +110,17 @@ def read_docker_run(recipe: Recipe, args: list[str]) -> tuple[list[str], dict[st
     else:
         recipe.miss(image, "This image is neither vLLM's nor llama.cpp's server.")
     return argv, env
+
+
+def _cluster(word: str) -> tuple[list[str], str, str, str]:
+    """``-dp 80:80``, ``-it``, ``-eA=1``: the switches, then the flag with a value ("" where there is none), "=" if its
+    value stands in the same word, and that value."""
+    letters = [f"-{letter}" for letter in word[1:]]
+    first = next((n for n, letter in enumerate(letters) if letter in WITH_VALUE), None)
+    if first is None:
+        return [word], "", "", ""
+    value = word[first + 2 :]
+    return letters[:first], letters[first], "=" if value else "", value.removeprefix("=")
 
 
 def note_image(recipe: Recipe, image: str, argv: list[str]) -> None:

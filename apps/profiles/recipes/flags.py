@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from apps.engines.llama_cpp.options import EXTRA_FLAGS, FLAG_OPTIONS, LlamaCppOptions
@@ -24,7 +25,37 @@ VLLM_SHORT = {
     "dp": "data_parallel_size",
     "q": "quantization",
     "O": "optimization_level",
+    "ep": "enable_expert_parallel",
+    "ac": "attention_config",
+    "cc": "compilation_config",
+    "dc": "diffusion_config",
+    "sc": "speculative_config",
+    "asc": "api_server_count",
+    "dcp": "decode_context_parallel_size",
+    "pcp": "prefill_context_parallel_size",
+    "dpa": "data_parallel_address",
+    "dpb": "data_parallel_backend",
+    "dpe": "data_parallel_external_lb",
+    "dph": "data_parallel_hybrid_lb",
+    "dpl": "data_parallel_size_local",
+    "dpm": "data_parallel_multi_port_external_lb",
+    "dpn": "data_parallel_rank",
+    "dpp": "data_parallel_rpc_port",
+    "dpr": "data_parallel_start_rank",
+    "n": "nnodes",
+    "r": "node_rank",
 }
+VLLM_ALIASES = {"kv_cache_memory": "kv_cache_memory_bytes"}  # what vLLM's own log says to use
+# vLLM reads 8k and 8K in these, and in the single keys of an object (--hf-overrides.a 8k).
+VLLM_UNITS = frozenset(
+    {
+        *("max_model_len", "max_num_batched_tokens", "max_num_scheduled_tokens", "max_num_queued_tokens"),
+        *("kv_cache_memory_bytes", "safetensors_prefetch_block_size"),
+    }
+)
+UNITS = {letter: factor**power for factor, of in ((1000, "kmgt"), (1024, "KMGT")) for power, letter in enumerate(of, 1)}
+WITH_UNIT = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)([kmgt])|(\d{1,12})([KMGT])")
+KEYS_MAX = 8  # of --hf-overrides.a.b.c
 LAYOUT = {
     "tensor_parallel_size": "tensor_parallel_size",
     "pipeline_parallel_size": "pipeline_parallel_size",
@@ -54,16 +85,23 @@ LLAMA_PANEL = {  # flag: (values it takes, why the panel does not need it)
     "--no-slots": (0, "The panel reads the engine's metrics."),
     "--props": (0, "Requests come through the panel's gateway."),
     "--jinja": (0, "It is on by default where the template is Jinja."),
+    "--ui": (0, "The panel switches llama.cpp's own page off."),
     "--webui": (0, "The panel switches llama.cpp's own page off."),
     "--no-webui": (0, "The panel switches it off by itself."),
     "--no-ui": (0, "The panel switches it off by itself."),
     "--offline": (0, "The panel starts from files on this disk."),
     "-cb": (0, "It is on by default."),
     "--cont-batching": (0, "It is on by default."),
+    "-kvo": (0, "It is on by default."),
+    "--kv-offload": (0, "It is on by default."),
+    "--mmap": (0, "It is on by default."),
+    "--warmup": (0, "It is on by default."),
     "--log-file": (1, "The panel keeps the log."),
     "--log-disable": (0, "The panel keeps the log."),
     "-v": (0, "The panel keeps the log at the level that it reads."),
     "--verbose": (0, "The panel keeps the log at the level that it reads."),
+    "--log-verbose": (0, "The panel keeps the log at the level that it reads."),
+    "--log-verbosity": (1, "The panel keeps the log at the level that it reads."),
     "-lv": (1, "The panel keeps the log at the level that it reads."),
     "--verbosity": (1, "The panel keeps the log at the level that it reads."),
     "-to": (1, "Requests come through the panel's gateway."),
@@ -78,11 +116,37 @@ LLAMA_PANEL = {  # flag: (values it takes, why the panel does not need it)
 ON_OFF = {"on": "on", "off": "off", "auto": "auto", "1": "on", "0": "off", "true": "on", "false": "off"}
 SHORT_EXTRA = {
     "--mlock": "--load-mode",
+    "-cmoe": "--cpu-moe",
     "-cram": "--cache-ram",
-    "-s": "--seed",
-    "-mm": "--mmproj",
+    "-fit": "--fit",
+    "-fitc": "--fit-ctx",
+    "-fitt": "--fit-target",
     "-kvu": "--kv-unified",
+    "-lm": "--load-mode",
+    "-mm": "--mmproj",
+    "-ncmoe": "--n-cpu-moe",
+    "-nkvo": "--no-kv-offload",
+    "-ot": "--override-tensor",
+    "-s": "--seed",
+    "--temperature": "--temp",
 }
+# LLAMA_ARG_... whose flag has another name; both stand in llama-server's help.
+LLAMA_VARIABLES = {
+    "BATCH": "--batch-size",
+    "ENDPOINT_METRICS": "--metrics",
+    "ENDPOINT_PROPS": "--props",
+    "ENDPOINT_SLOTS": "--slots",
+    "LOG_VERBOSITY": "--verbosity",
+    "N_PARALLEL": "--parallel",
+    "ROPE_SCALING_TYPE": "--rope-scaling",
+    "THINK": "--reasoning-format",
+    "THINK_BUDGET": "--reasoning-budget",
+    "UBATCH": "--ubatch-size",
+    "UI": "--webui",
+}
+LLAMA_NEGATIVE = frozenset({"--no-mmap", "--no-jinja"})
+TRUE = frozenset({"1", "true", "on", "enabled"})
+FALSE = frozenset({"0", "false", "off", "disabled"})
 ALL_LAYERS = 99  # people write 99 or 999 for "all of them"
 
 
@@ -124,6 +188,7 @@ def read_vllm(recipe: Recipe, args: list[str]) -> None:
     """Arguments after ``vllm serve``."""
     recipe.engine = EngineKind.VLLM
     at = 0
+    keyed: dict[str, _Keyed] = {}
     while at < len(args):
         word = args[at]
         at += 1
@@ -135,18 +200,75 @@ def read_vllm(recipe: Recipe, args: list[str]) -> None:
                 recipe.take(word, "the model")
             continue
         flag, equals, inline = word.partition("=")
+        if "." in flag:  # --hf-overrides.key: its value is what follows, whatever it looks like
+            after = [inline] if equals else args[at : at + 1]
+            at += 0 if equals else len(after)
+            _vllm_key(recipe, keyed, flag, after)
+            continue
         name = normalise_name(flag)
         if not flag.startswith("--"):
             if (match := re.fullmatch(r"-O(\d)", word)) is not None:
                 _set(recipe, word, "optimization_level", match[1])
                 continue
             name = VLLM_SHORT.get(flag.lstrip("-"), name)
+        name = VLLM_ALIASES.get(name, name)
         values: list[str] = [inline] if equals else []
         if not equals and not _is_bare(name):
             while at < len(args) and _is_value(args[at]) and (not values or _takes_many(name)):
                 values.append(args[at])
                 at += 1
         _vllm_flag(recipe, flag, name, values)
+    for one in keyed.values():  # for vLLM too they stand behind everything else and replace the flag itself
+        for text in one.texts:
+            _set(recipe, text, one.name, one.value)
+
+
+@dataclass(slots=True)
+class _Keyed:
+    """An object that is given key by key, and the words that did."""
+
+    name: str
+    value: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+
+def _vllm_key(recipe: Recipe, keyed: dict[str, _Keyed], flag: str, values: list[str]) -> None:
+    """``--hf-overrides.a.b 1`` and ``-cc.mode=3``; a + behind the last key adds to a list."""
+    text = " ".join([flag, *values])
+    head, *keys = flag.split(".")
+    name = normalise_name(head) if head.startswith("--") else VLLM_SHORT.get(head.removeprefix("-"), "")
+    known = shipped_flags().get(name)
+    owned = owned_reasons(shipped_flags())
+    adds = keys[-1].endswith("+")
+    keys[-1] = keys[-1].removesuffix("+")
+    if any(map(is_secret_name, keys)):
+        recipe.leave(f"{flag} {HIDDEN}", KEY_DROPPED)
+    elif name in owned:
+        recipe.leave(text, owned[name][:1].upper() + owned[name][1:] + ".")
+    elif known is None or known.kind is not FlagKind.JSON or "" in keys or len(keys) > KEYS_MAX:
+        objects = tuple("--" + f.name.replace("_", "-") for f in shipped_flags().values() if f.kind is FlagKind.JSON)
+        recipe.miss(text, _unknown(head, objects))
+    elif not values:
+        recipe.miss(text, f"{flag} is missing its value.")
+    else:
+        value: Any = values[0].split(",") if adds else _json(values[0])
+        for key in reversed(keys):
+            value = {key: value}
+        # By the flag's spelling, as vLLM does: -sc.a 1 and --speculative-config.b 2 are two objects, the last one stays.
+        one = keyed.setdefault(head.replace("_", "-"), _Keyed(name))
+        _merge(one.value, value)
+        one.texts.append(text)
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        old = into.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value)
+        elif isinstance(value, list) and isinstance(old, list):
+            into[key] = [*old, *value]
+        else:
+            into[key] = value
 
 
 def _is_bare(name: str) -> bool:
@@ -197,17 +319,29 @@ def _vllm_flag(recipe: Recipe, flag: str, name: str, values: list[str]) -> None:
 
 
 def _typed(name: str, value: str) -> Any:
-    """JSON objects as such, and vLLM's own reading of 32k and 32K; the option's check then takes text for numbers."""
+    """JSON objects as such, and numbers with vLLM's units; the option's check then takes text for numbers."""
     flag = shipped_flags().get(name)
     if flag is not None and flag.kind is FlagKind.JSON:
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    if name == "max_model_len" and (match := re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([kKmM])", value)):
-        unit = {"k": 1000, "K": 1024, "m": 10**6, "M": 1 << 20}[match[2]]
-        return int(float(match[1]) * unit)
-    return value
+        return _json(value)
+    if name == "max_model_len" and (value == "-1" or value.lower() == "auto"):
+        return "auto"
+    return _with_unit(value) if name in VLLM_UNITS else value
+
+
+def _json(value: str) -> Any:
+    """What the text is as JSON; else a number with a unit, or the text itself."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return _with_unit(value)
+
+
+def _with_unit(value: str) -> int | str:
+    """vLLM's own reading: 8k is 8000, 8K is 8192, and 1.5 goes with small letters only."""
+    match = WITH_UNIT.fullmatch(value)
+    if match is None:
+        return value
+    return int(match[3]) * UNITS[match[4]] if match[3] else int(float(match[1]) * UNITS[match[2]])
 
 
 def _served_names(recipe: Recipe, text: str, values: list[str]) -> None:
@@ -236,9 +370,9 @@ def read_llama(recipe: Recipe, args: list[str], cards: int = 0) -> None:
         flag = args[at]
         at += 1
         inline: list[str] = []
-        if flag.startswith("--") and "=" in flag:
-            flag, _, value = flag.partition("=")
-            inline = [value]
+        if flag.startswith("--"):  # llama-server takes --ctx_size too
+            flag, equals, value = flag.partition("=")
+            flag, inline = flag.replace("_", "-"), [value] if equals else []
         following = args[at] if at < len(args) else None
         count = _llama_values(flag, following)
         values = inline or args[at : at + count]
@@ -266,7 +400,7 @@ def _llama_values(flag: str, following: str | None) -> int:
     extra = SHORT_EXTRA.get(flag, flag)
     if flag != "--mlock" and extra in EXTRA_FLAGS:
         return EXTRA_FLAGS[extra]
-    if FLAG_OPTIONS.get(flag) == "embeddings" or flag in ("--mlock", "--no-mmap", "--no-jinja"):
+    if FLAG_OPTIONS.get(flag) == "embeddings" or flag in ("--mlock", *LLAMA_NEGATIVE):
         return 0
     return 1 if flag.startswith("-") and _is_value(following) else 0
 
@@ -340,13 +474,19 @@ def environment_flags(env: Mapping[str, str]) -> tuple[list[str], dict[str, str]
     flags: list[str] = []
     rest = {}
     for name, value in env.items():
-        flag = "--" + name.removeprefix("LLAMA_ARG_").lower().replace("_", "-")
-        if name.startswith("LLAMA_ARG_") and not is_secret_name(name):
-            bare = _llama_values(flag, value) == 0
-            if bare and value.lower() not in ("1", "true", "on", "enabled"):
-                rest[name] = value
-            else:
-                flags += [flag] if bare else [flag, value]
+        if not name.startswith("LLAMA_ARG_") or is_secret_name(name):
+            rest[name] = value
+            continue
+        name_of = name.removeprefix("LLAMA_ARG_")
+        flag = LLAMA_VARIABLES.get(name_of, "--" + name_of.lower().replace("_", "-"))
+        negative = f"--no-{flag.removeprefix('--')}"
+        known = negative in LLAMA_NEGATIVE or negative in LLAMA_PANEL or negative in EXTRA_FLAGS
+        if known and value in FALSE:
+            flags.append(negative)
+        elif _llama_values(flag, value) != 0:
+            flags += [flag, value]
+        elif value.lower() in TRUE:
+            flags.append(flag)
         else:
             rest[name] = value
     return flags, rest

@@ -16,7 +16,7 @@ LOOKS = re.compile(
     r"|(?<=[Bb]earer )\S+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
 )
 NAMED = re.compile(
-    r"(?:^|(?<=[\s'\"{,;&|(]))(?P<flag>--?)?(?P<name>[A-Za-z][A-Za-z0-9_-]*)['\"]?"
+    r"(?:^|(?<=[\s'\"{,;&|(]))(?P<flag>--?)?(?P<name>[A-Za-z][A-Za-z0-9_.-]*)['\"]?"
     r"(?:(?P<sign>\s*[=:]\s*)|[ \t]+(?:\\\n\s*)?)",
     re.M,
 )
@@ -25,8 +25,8 @@ VALUE = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',}\\]*[^\s\"',}\\;]")
 
 def is_secret_name(name: str) -> bool:
     """``HF_TOKEN``, ``--api-key``, ``OPENAI_API_KEY``; not ``max_tokens`` or ``api_key_file``."""
-    name = name.lstrip("-")
-    return bool(SECRET_NAME.search(name)) and not NOT_SECRET.search(name)
+    parts = name.lstrip("-").split(".")  # --some-config.token
+    return any(SECRET_NAME.search(part) and not NOT_SECRET.search(part) for part in parts)
 
 
 def redact(text: str) -> str:
