@@ -13,10 +13,11 @@ from typing import Any
 
 from apps.profiles.recipes import containers
 from apps.profiles.recipes.environment import read_environment
-from apps.profiles.recipes.flags import environment_flags, read_llama, read_vllm
+from apps.profiles.recipes.llama_flags import environment_flags, read_llama
 from apps.profiles.recipes.own import is_own, read_own
 from apps.profiles.recipes.result import Reading, Recipe, RecipeError, short
 from apps.profiles.recipes.shell import Command, read_commands, shell_line
+from apps.profiles.recipes.vllm_flags import read_vllm
 from apps.profiles.recipes.yamls import load_yaml
 
 TEXT_MAX = 64 * 1024
