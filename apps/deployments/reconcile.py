@@ -7,6 +7,10 @@ working on is left to it.
 
 from __future__ import annotations
 
+import math
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -16,6 +20,7 @@ from django.utils import timezone
 from apps.audit.services import record
 from apps.common.actors import PANEL
 from apps.common.identity import lives
+from apps.common.realtime import page_changed
 from apps.deployments import launching, probing, routes, shared
 from apps.deployments.decide import WATCHED, Act, Decision, Observation, ReplicaSeen, decide
 from apps.deployments.equipment import engine_adapter
@@ -31,6 +36,9 @@ from apps.runners.protocol import Observation as ProcessSeen
 from apps.runners.protocol import ProcessState
 
 log = structlog.get_logger(__name__)
+AGAIN_SECONDS = 60.0  # what survives SIGKILL hangs in the kernel, where no further signal hurries it
+_not_before: dict[int, float] = {}  # of deployments that are being ended or did not end: when to try it (again)
+_lock = threading.Lock()
 
 
 def reconcile(**_: Any) -> None:
@@ -78,9 +86,26 @@ def _look(deployment: Deployment) -> None:
     elif decision.act == Act.GIVE_UP:
         tell_given_up(deployment, decision)
     elif decision.act == Act.LOSE:
-        _lose(deployment, decision, {r.index: (r, o) for r, o in replicas}, policy)
+        _once(deployment, lambda: _lose(deployment, decision, {r.index: (r, o) for r, o in replicas}, policy))
     elif decision.act == Act.END:
-        _end_orphan(deployment, decision)
+        _once(deployment, lambda: _end_orphan(deployment, decision))
+
+
+def _once(deployment: Deployment, end: Callable[[], None]) -> None:
+    """Not while an earlier tick is at it, whose ladder of signals may take half a minute, nor soon after something of
+    it survived that (``end`` raised JobFailed)."""
+    with _lock:
+        if time.monotonic() < _not_before.get(deployment.pk, 0.0):
+            return
+        _not_before[deployment.pk] = math.inf
+    again = 0.0
+    try:
+        end()
+    except JobFailed:
+        again = time.monotonic() + AGAIN_SECONDS
+        raise
+    finally:
+        _not_before[deployment.pk] = again
 
 
 def _looks_after_itself(deployment: Deployment) -> bool:
@@ -147,17 +172,37 @@ def _lose(
     evidence = _evidence(deployment, replica, end)
     _take_out(deployment, decision)
     # A hanging engine, or children of a dead one, still hold its memory; they go before its cards count as free.
-    launching.stop_processes(deployment)
+    try:
+        launching.stop_processes(deployment)
+    except JobFailed as stuck:
+        with transaction.atomic():
+            if _note_loss(deployment, Status.STOPPING, why, evidence):
+                _tell_stuck(deployment, why, stuck)
+        raise
     with transaction.atomic():
-        if not deployment_transition(deployment, Status.FAILED, why, evidence=evidence):
+        if not _note_loss(deployment, Status.FAILED, why, evidence):
             return  # a switch or stop moved it first
-        routes.close(deployment)
-        record(PANEL, "deployment.lost", "deployment", deployment.pk, str(deployment), {"why": why})
         deployment.refresh_from_db(fields=["desired", "ended_at", "status_reason"])
         if deployment.comes_back:
             # In the same moment, so that requests wait for what is decided below instead of being turned away.
             routes.wait_for_restart(deployment, None)
     look_at_failed(deployment, policy)
+
+
+def _note_loss(deployment: Deployment, to: Status, why: str, evidence: dict[str, Any]) -> bool:
+    if not deployment_transition(deployment, to, why, evidence=evidence):
+        return False
+    routes.close(deployment)
+    record(PANEL, "deployment.lost", "deployment", deployment.pk, str(deployment), {"why": why})
+    return True
+
+
+def _tell_stuck(deployment: Deployment, why: str, stuck: JobFailed) -> None:
+    """Something of it survived everything: it holds its cards, and says beside its state what to do."""
+    reason = f"{why} {stuck.message}"[:500]
+    same = Deployment.objects.filter(pk=deployment.pk, status=Status.STOPPING)
+    if same.exclude(status_reason=reason).update(status_reason=reason):
+        page_changed("deployment", deployment=deployment.pk)
 
 
 def _evidence(deployment: Deployment, replica: Replica, end: ProcessSeen) -> dict[str, Any]:
@@ -177,11 +222,17 @@ def _evidence(deployment: Deployment, replica: Replica, end: ProcessSeen) -> dic
 
 
 def _end_orphan(deployment: Deployment, decision: Decision) -> None:
-    """Its job has ended without it (a bug, or rows restored from a backup): end it with a sentence."""
-    why = f"{decision.why} Its engine was stopped."
+    """Its job has ended without it (a bug, or rows restored from a backup), or something of it survived the last try:
+    end it with a sentence."""
     log.warning("orphaned deployment", deployment=deployment.pk, status=deployment.status)
-    if deployment.status != Status.STOPPING and not deployment_transition(deployment, Status.STOPPING, why):
+    if deployment.status != Status.STOPPING and not deployment_transition(deployment, Status.STOPPING, decision.why):
         return
     routes.close(deployment)
-    launching.stop_processes(deployment)
-    deployment_transition(deployment, Status.FAILED, why)
+    stopping = deployment.events.filter(to_status=Status.STOPPING).last()
+    told = stopping.reason if stopping and deployment.evidence else ""  # what failed has said why
+    try:
+        launching.stop_processes(deployment)
+    except JobFailed as stuck:
+        _tell_stuck(deployment, told or decision.why, stuck)
+        raise
+    deployment_transition(deployment, Status.FAILED, told or f"{decision.why} Its engine was stopped.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from collections.abc import Iterator
 from copy import copy
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,8 @@ from apps.audit.models import AuditEntry
 from apps.common.actors import actor_of
 from apps.common.models import Epoch
 from apps.deployments import launching, probing, restarting, switch_forward
-from apps.deployments.models import LIVE, CardPause, Deployment, RestartPolicy, Route, Status
+from apps.deployments import reconcile as reconcile_module
+from apps.deployments.models import LIVE, CardPause, Deployment, GpuReservation, RestartPolicy, Route, Status
 from apps.deployments.pauses import pause_card
 from apps.deployments.reconcile import reconcile
 from apps.deployments.selectors import empty_because
@@ -33,6 +35,7 @@ from apps.jobs.services import job_cancel
 from apps.profiles.models import Profile
 from apps.rigs.models import Gpu
 from apps.runners.processes import all_processes, send_signal
+from apps.runners.protocol import Handle, Observation, RunnerError
 from tests.deployments.test_switch import engine_pids, eventually, run, serving
 from tests.factories.profiles import simulated_profile
 
@@ -409,6 +412,101 @@ def test_one_that_waits_for_its_restart_can_be_stopped(coder: Profile, alice: An
     RestartPolicy.objects.update(backoff_seconds=0)
     reconcile()
     assert not Job.objects.filter(state__in=LIVE_STATES).exists()
+
+
+SURVIVED = "Processes 4711 of launch d1-r0 survived every signal, SIGKILL included."
+
+
+@pytest.fixture
+def stuck(sim_rig: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """While it is on, what is left of an engine survives everything, as in a driver that hangs; ``tried`` counts."""
+    monkeypatch.setattr(reconcile_module, "_not_before", {})
+    really = launching.runner().stop
+
+    class Stuck:
+        on, tried = True, 0
+
+        def stop(self, handle: Handle) -> Observation:
+            self.tried += 1
+            if self.on:
+                raise RunnerError(SURVIVED)
+            return really(handle)
+
+    found = Stuck()
+    monkeypatch.setattr(launching.runner(), "stop", found.stop)
+    yield found
+    found.on = False
+
+
+def test_what_survives_being_killed_stops_with_a_sentence_and_is_tried_again_after_a_while(
+    coder: Profile, stuck: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_engine()
+    for _ in range(3):
+        reconcile()
+    died = Deployment.objects.get()
+    assert (died.status, died.desired) == (Status.STOPPING, "serving")
+    assert died.status_reason == f"Coder was killed by signal 9 while it served. {SURVIVED}"
+    assert (died.evidence or {})["exit_code"] == -9
+    assert GpuReservation.objects.filter(released_at=None).count() == 2  # who knows what it still holds
+    assert not Route.objects.exists()
+    assert stuck.tried == 1
+    monkeypatch.setattr(reconcile_module, "AGAIN_SECONDS", 0.0)
+    reconcile_module._not_before.clear()
+    for _ in range(2):
+        reconcile()
+    assert stuck.tried == 3
+    stuck.on = False
+    reconcile()
+    died.refresh_from_db()
+    assert (died.status, died.status_reason) == (Status.FAILED, "Coder was killed by signal 9 while it served.")
+    assert AuditEntry.objects.filter(action="deployment.lost").count() == 1
+    reconcile()
+    assert run(restart()).state == JobState.SUCCEEDED
+    assert serving() == ["coder"]
+
+
+def test_what_is_left_half_way_and_survives_being_killed_says_so_too(coder: Profile, stuck: Any) -> None:
+    Deployment.objects.update(status=Status.LOADING)  # as rows restored from a backup may say
+    for _ in range(3):
+        reconcile()
+    left = Deployment.objects.get()
+    assert left.status == Status.STOPPING
+    assert left.status_reason == f"It was left half-way by a job that has ended. {SURVIVED}"
+    assert stuck.tried == 1
+    reconcile_module._not_before.clear()
+    stuck.on = False
+    reconcile()
+    left.refresh_from_db()
+    assert left.status == Status.FAILED
+    assert left.status_reason == "It was left half-way by a job that has ended. Its engine was stopped."
+
+
+def test_while_one_is_being_ended_the_next_tick_leaves_it_alone_and_looks_at_the_others(
+    coder: Profile, stuck: Any, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ladder of signals takes half a minute, in which fifteen ticks come."""
+    run(switch_request(profile=simulated_profile("other", tp=2), actor=actor_of(alice)))
+    kill_engine()
+    kill_engine("other")
+    stuck.on = False
+    slow, seen = stuck.stop, list[tuple[str, str]]()
+
+    def stop(handle: Handle) -> Observation:
+        if stuck.tried == 0:
+            stuck.tried = 1
+            reconcile()
+            seen.extend(Deployment.objects.order_by("served_name").values_list("served_name", "status"))
+        return slow(handle)
+
+    monkeypatch.setattr(launching.runner(), "stop", stop)
+    reconcile()
+    assert sorted(seen) in (
+        [("coder", "ready"), ("other", "failed")],
+        [("coder", "failed"), ("other", "ready")],
+    )
+    assert stuck.tried == 3  # the first, the other in between, and the first goes on
+    assert set(Deployment.objects.values_list("status", flat=True)) == {"failed"}
 
 
 def test_a_frozen_engine_is_found_out_by_probes_and_started_again(coder: Profile) -> None:
