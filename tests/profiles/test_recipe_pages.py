@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apps.audit.models import AuditEntry
-from apps.catalog.models import Model
+from apps.catalog.models import Model, Weights
 from apps.common.actors import COMMAND_LINE
 from apps.common.errors import Invalid
 from apps.profiles.forms import parse_options
@@ -207,6 +208,94 @@ def test_odd_words_survive_every_form(rig: Any) -> None:
     service = yaml.safe_load(compose)["services"]["odd"]
     assert template.replace("$", "$$") in service["command"]
     assert "deploy" not in service
+
+
+def of_service(text: str, slug: str) -> tuple[list[str], dict[str, str]]:
+    """The command of a compose service and its volumes, the path inside first."""
+    service = yaml.safe_load(text.replace("$$", "$"))["services"][slug]
+    volumes = [volume.removesuffix(":ro").split(":") for volume in service.get("volumes", [])]
+    assert len({inside for _, inside in volumes}) == len(volumes)
+    return service["command"], {inside: host for host, inside in volumes}
+
+
+def on_the_host(path: str, volumes: dict[str, str]) -> Path:
+    """What a container finds at ``path``: within one of its volumes, with every link in it leading nowhere else."""
+    inside = next(inside for inside in volumes if PurePosixPath(path).is_relative_to(inside))
+    found = (Path(volumes[inside]) / PurePosixPath(path).relative_to(inside)).resolve(strict=True)
+    assert found.is_relative_to(Path(volumes[inside]).resolve())
+    return found
+
+
+def test_compose_mounts_every_part_of_a_gguf_and_the_files_beside_it(rig: Any, tmp_path: Path) -> None:
+    for name in ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "mmproj.gguf"):
+        (tmp_path / "q$4" / "big").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "q$4" / "big" / name).write_text(name)
+    (tmp_path / "other" / "big").mkdir(parents=True)
+    (tmp_path / "other" / "big" / "mmproj.gguf").write_text("another")
+    model = Model.objects.create(slug="big", name="Big")
+    path = tmp_path / "q$4" / "big" / "big-00001-of-00002.gguf"
+    Weights.objects.create(model=model, rig_name=rig.slug, path=str(path))
+    options = {"extra_args": ["--mmproj", str(tmp_path / "other" / "big" / "mmproj.gguf")]}
+    profile = profile_create(
+        actor=COMMAND_LINE, slug="big", name="B", model=model, engine="llama_cpp", device="cpu", options=options
+    )
+    command, volumes = of_service(export(profile, rig, "compose")[1], "big")
+    first = command[command.index("--model") + 1]
+    assert first.startswith("/models/")
+    for part in ("00001", "00002"):
+        assert part in on_the_host(first.replace("00001", part), volumes).read_text()
+    assert on_the_host(command[command.index("--mmproj") + 1], volumes).read_text() == "another"
+
+
+def test_compose_mounts_what_the_links_of_a_hub_cache_lead_to(rig: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "models--Qwen--Tiny"
+    snapshot = cache / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "e0").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/e0")
+    draft, template = tmp_path / "draft", tmp_path / "tool.jinja"
+    draft.mkdir()
+    template.write_text("x")
+    model = Model.objects.create(slug="tiny", name="Tiny", hf_repo="Qwen/Tiny", checkpoint="Qwen/Tiny")
+    Weights.objects.create(model=model, rig_name=rig.slug, path=str(snapshot))
+    options = {
+        "chat_template": str(template),
+        "speculative_config": {"method": "eagle", "model": str(draft), "num_speculative_tokens": 2},
+        "default_chat_template_kwargs": {"mode": "/think"},
+    }
+    profile = profile_create(actor=COMMAND_LINE, slug="tiny", name="T", model=model, engine="vllm", options=options)
+    text = export(profile, rig, "compose")[1]
+    command, volumes = of_service(text, "tiny")
+    assert on_the_host(command[0] + "/config.json", volumes).read_text() == "{}"
+    assert on_the_host(command[command.index("--chat-template") + 1], volumes) == template.resolve()
+    speculative = json.loads(command[command.index("--speculative-config") + 1])
+    assert on_the_host(speculative["model"], volumes) == draft.resolve()
+    assert len(volumes) == 3
+    assert "/think" in text
+    (recipe,) = read_recipe(text).recipes
+    assert model_for(recipe.model) == model
+
+
+def test_a_folder_of_a_hubs_cache_is_its_repository(rig: Any) -> None:
+    other = Model.objects.create(slug="other", name="Other", checkpoint="Qwen/Qwen3-0.6B-Base")
+    model = Model.objects.create(slug="small", name="Small", checkpoint="Qwen/Qwen3-0.6B")
+    gguf = Model.objects.create(slug="little", name="Little", checkpoint="org/x/little-q4.gguf")
+    assert model_for("~/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0a1b/") == model
+    assert model_for("/hub/models--Qwen--Qwen3-0.6B-Base") == other
+    assert model_for("/hub/models--org--x-GGUF/snapshots/0a1b/little-q4.gguf") == gguf
+    assert model_for("/hub/models--org--nothing/snapshots/0a1b") is None
+
+
+def test_a_template_that_begins_with_a_slash_is_no_file(rig: Any) -> None:
+    model = Model.objects.create(slug="tiny", name="Tiny", checkpoint="/tiny.gguf")
+    options = {"chat_template": "/no_think {{ messages }}"}
+    profile = profile_create(
+        actor=COMMAND_LINE, slug="tiny", name="T", model=model, engine="llama_cpp", device="cpu", options=options
+    )
+    command, volumes = of_service(export(profile, rig, "compose")[1], "tiny")
+    assert options["chat_template"] in command
+    assert volumes == {"/models/tiny.gguf": "/tiny.gguf"}
 
 
 def test_what_has_no_command_line_is_said(rig: Any, client: Client, charlie: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -13,13 +12,13 @@ from apps.common.errors import Invalid, NotFound
 from apps.engines.protocol import EngineKind, EngineLaunch
 from apps.profiles.models import Profile, ProfileVersion
 from apps.profiles.preview import previewed_launches, rig_facts
+from apps.profiles.recipes.mounts import contained
 from apps.profiles.recipes.own import write_own
 from apps.rigs.models import Rig
 
 IMAGES = {EngineKind.VLLM: "vllm/vllm-openai:latest", EngineKind.LLAMA_CPP: "ghcr.io/ggml-org/llama.cpp:server-cuda"}
 KEY_NAMES = {EngineKind.VLLM: "VLLM_API_KEY", EngineKind.LLAMA_CPP: "LLAMA_API_KEY"}
 SUFFIX = {"command": "sh", "systemd": "service", "compose": "compose.yaml", "yaml": "yaml"}
-CONTAINER_MODELS = PurePosixPath("/models")
 
 
 def export(profile: Profile, rig: Rig, form: str) -> tuple[str, str]:
@@ -96,7 +95,7 @@ def as_compose(profile: Profile, version: ProfileVersion, launches: tuple[Engine
     engine = EngineKind(version.engine)
     services: dict[str, Any] = {}
     for launch in launches:
-        argv, volumes = _contained(list(launch.argv))
+        argv, mounts = contained(_arguments(launch.argv))
         port = argv[argv.index("--port") + 1]
         argv[argv.index("--host") + 1] = "0.0.0.0"  # noqa: S104 - inside the container; only loopback is published
         cards = [c for c in launch.env.get("CUDA_VISIBLE_DEVICES", "").split(",") if c]
@@ -111,8 +110,8 @@ def as_compose(profile: Profile, version: ProfileVersion, launches: tuple[Engine
             "ipc": "host",
             "restart": "unless-stopped",
         }
-        if volumes:
-            service["volumes"] = volumes
+        if mounts:
+            service["volumes"] = [f"{_dollars(f'{host}:{inside}')}:ro" for host, inside in mounts.items()]
         if cards:
             devices = [{"driver": "nvidia", "device_ids": cards, "capabilities": ["gpu"]}]
             service["deploy"] = {"resources": {"reservations": {"devices": devices}}}
@@ -131,16 +130,10 @@ FORMS: dict[str, Callable[[Profile, ProfileVersion, tuple[EngineLaunch, ...]], s
 }
 
 
-def _contained(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments after the program, with a model on this disk where the container sees it."""
-    start = next(i for i, part in enumerate(argv) if part in ("serve", "--model")) + 1
-    args = argv[start - 1 :] if argv[start - 1] == "--model" else argv[start:]
-    at = args.index("--model") + 1 if "--model" in args else 0
-    if not args[at].startswith("/"):
-        return args, []
-    path = PurePosixPath(args[at])
-    args[at] = str(CONTAINER_MODELS / path.name)
-    return args, [f"{_dollars(str(path))}:{CONTAINER_MODELS / path.name}:ro"]
+def _arguments(argv: tuple[str, ...]) -> list[str]:
+    """What follows the program: the image brings that itself."""
+    start = next(i for i, part in enumerate(argv) if part in ("serve", "--model"))
+    return list(argv[start:] if argv[start] == "--model" else argv[start + 1 :])
 
 
 def _folded(argv: tuple[str, ...], quote: Callable[[str], str]) -> str:

@@ -20,7 +20,9 @@ def model_for(reference: str) -> Model | None:
     text = reference.strip().rstrip("/")
     if not text:
         return None
-    repository = text.partition(":")[0] if not text.startswith("/") else text
+    whole = text.partition(":")[0] if not text.startswith("/") else text
+    cached = next((part for part in PurePosixPath(whole).parts if part.startswith("models--")), "")  # a hub's cache
+    repository = cached.removeprefix("models--").replace("--", "/", 1) or whole
     exact = (
         Model.objects.filter(slug=text).first()
         or Model.objects.filter(checkpoint__iexact=text).first()
@@ -32,7 +34,11 @@ def model_for(reference: str) -> Model | None:
         exact = weights.model if weights else None
     if exact is not None:
         return exact
-    last = PurePosixPath(repository).name
+    by_name = (_called(last) for last in dict.fromkeys(PurePosixPath(path).name for path in (repository, whole)))
+    return next((model for model in by_name if model is not None), None)
+
+
+def _called(last: str) -> Model | None:
     named = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\.gguf\Z", "", last, flags=re.I).lower()).strip("-")
     if not named:
         return None
