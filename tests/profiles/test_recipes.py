@@ -324,6 +324,33 @@ def test_keys_of_what_is_no_object_are_named() -> None:
     assert said(recipe.left_out, "--profiler-config.dir /x")
 
 
+def test_secrets_within_an_object_are_dropped_and_named() -> None:
+    text = (
+        """vllm serve a/b --kv-transfer-config '{"kv_role": "kv_both", "x": [{"api_key": "my-own-password"}]}' """
+        """--additional-config.remote '{"password": "my-own-password", "port": 1}'"""
+    )
+    reading = read_recipe(text)
+    assert "my-own-password" not in everything(reading) + redact(text)
+    (recipe,) = reading.recipes
+    assert recipe.options["kv_transfer_config"] == {"kv_role": "kv_both", "x": [{}]}
+    assert recipe.options["additional_config"] == {"remote": {"port": 1}}
+    assert [note.text for note in recipe.left_out] == ["api_key (hidden)", "password (hidden)"]
+
+
+def test_words_of_a_model_are_no_secrets() -> None:
+    text = """vllm serve a/b --hf-overrides '{"image_token_index": 5, "eos_token": "</s>", "pad_token_id": 0}'"""
+    assert redact(text) == text
+    recipe = only(text + " --hf-overrides.image_token_index 7 --hf-overrides.secret 5")
+    assert recipe.options["hf_overrides"] == {"image_token_index": 7, "secret": 5}
+
+
+def test_objects_that_are_nested_without_end_are_named() -> None:
+    deep = "[" * 900 + "]" * 900
+    recipe = only(f"""vllm serve a/b --seed 1 --hf-overrides '{{"a": {deep}}}' --speculative-config.a '{deep}'""")
+    assert recipe.options == {"seed": 1}
+    assert [note.sentence for note in recipe.not_understood] == ["It is nested more than 30 deep."] * 2
+
+
 def test_a_secret_key_of_an_object_is_dropped() -> None:
     text = "vllm serve a/b --kv-transfer-config.token my-own-password --kv-transfer-config.kv_role=kv_both"
     reading = read_recipe(text)

@@ -8,7 +8,9 @@ HIDDEN = "(hidden)"
 SECRET_NAME = re.compile(
     r"(?:^|[_-])(?:token|key|keys|secret|password|passwd|pass|credential|credentials|auth)(?:$|[_-])", re.I
 )
-NOT_SECRET = re.compile(r"(?:^|[_-])(?:file|path|template|cache|kv|max|num|budget|tokens|ids?)(?:$|[_-])", re.I)
+NOT_SECRET = re.compile(
+    r"(?:^|[_-])(?:file|path|template|cache|kv|max|num|budget|tokens|ids?|index|type|bos|eos|pad)(?:$|[_-])", re.I
+)
 # Keys of known makers, bearer headers, and passwords in addresses.
 LOOKS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|r[pe]-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"

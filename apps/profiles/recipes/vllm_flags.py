@@ -14,6 +14,7 @@ from apps.engines.vllm.options import REMOVED, owned_reasons, shipped_model
 from apps.profiles.recipes.flags import KEY_DROPPED, is_value, served_names, set_option, set_size, unknown
 from apps.profiles.recipes.hidden import HIDDEN, is_secret_name
 from apps.profiles.recipes.result import Recipe
+from apps.profiles.recipes.yamls import DEPTH_MAX
 
 SHORT = {
     "tp": "tensor_parallel_size",
@@ -51,6 +52,7 @@ IN_UNITS = frozenset(
 )
 UNITS = {letter: factor**power for factor, of in ((1000, "kmgt"), (1024, "KMGT")) for power, letter in enumerate(of, 1)}
 WITH_UNIT = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)([kmgt])|(\d{1,12})([KMGT])")
+TOO_DEEP = f"It is nested more than {DEPTH_MAX} deep."
 KEYS_MAX = 8  # of --hf-overrides.a.b.c
 LAYOUT = {
     "tensor_parallel_size": "tensor_parallel_size",
@@ -120,21 +122,25 @@ def _key(recipe: Recipe, keyed: dict[str, _Keyed], flag: str, values: list[str])
     text = " ".join([flag, *values])
     head, *keys = flag.split(".")
     name = normalise_name(head) if head.startswith("--") else SHORT.get(head.removeprefix("-"), "")
-    known = shipped_flags().get(name)
     owned = owned_reasons(shipped_flags())
     adds = keys[-1].endswith("+")
     keys[-1] = keys[-1].removesuffix("+")
-    if any(map(is_secret_name, keys)):
+    value: Any = None
+    if values:
+        value = values[0].split(",") if adds else _json(values[0])
+    if any(map(is_secret_name, keys)) and not isinstance(value, int | float):
         recipe.leave(f"{flag} {HIDDEN}", KEY_DROPPED)
     elif name in owned:
         recipe.leave(text, owned[name][:1].upper() + owned[name][1:] + ".")
-    elif known is None or known.kind is not FlagKind.JSON or "" in keys or len(keys) > KEYS_MAX:
+    elif not _is_object(name) or "" in keys or len(keys) > KEYS_MAX:
         objects = tuple("--" + f.name.replace("_", "-") for f in shipped_flags().values() if f.kind is FlagKind.JSON)
         recipe.miss(text, unknown(head, objects))
     elif not values:
         recipe.miss(text, f"{flag} is missing its value.")
+    elif _too_deep(values[0]):
+        recipe.miss(text, TOO_DEEP)
     else:
-        value: Any = values[0].split(",") if adds else _json(values[0])
+        value = _without_secrets(recipe, value)
         for key in reversed(keys):
             value = {key: value}
         # By spelling, as vLLM does: -sc.a 1 and --speculative-config.b 2 are two objects, and the last one stays.
@@ -166,6 +172,11 @@ def _takes_many(name: str) -> bool:
     return name == "served_model_name" or (flag is not None and flag.kind is FlagKind.LIST)
 
 
+def _is_object(name: str) -> bool:
+    flag = shipped_flags().get(name)
+    return flag is not None and flag.kind is FlagKind.JSON
+
+
 def _flag(recipe: Recipe, flag: str, name: str, values: list[str]) -> None:
     text = " ".join([flag, *values])
     value = values[0] if values else None
@@ -191,8 +202,10 @@ def _flag(recipe: Recipe, flag: str, name: str, values: list[str]) -> None:
             set_option(recipe, text, name, True)
         elif value is None:
             recipe.miss(text, f"{name} is missing its value.")
+        elif _is_object(name) and _too_deep(value):
+            recipe.miss(text, TOO_DEEP)
         else:
-            set_option(recipe, text, name, values if _takes_many(name) else _typed(name, value))
+            set_option(recipe, text, name, values if _takes_many(name) else _typed(recipe, name, value))
     elif name.startswith("no_") and name.removeprefix("no_") in known:
         set_option(recipe, text, name.removeprefix("no_"), False)
     elif name in REMOVED:
@@ -201,11 +214,10 @@ def _flag(recipe: Recipe, flag: str, name: str, values: list[str]) -> None:
         recipe.miss(text, unknown(flag, tuple("--" + n.replace("_", "-") for n in known)))
 
 
-def _typed(name: str, value: str) -> Any:
+def _typed(recipe: Recipe, name: str, value: str) -> Any:
     """JSON objects as such, and numbers with vLLM's units; the option's check then takes text for numbers."""
-    flag = shipped_flags().get(name)
-    if flag is not None and flag.kind is FlagKind.JSON:
-        return _json(value)
+    if _is_object(name):
+        return _without_secrets(recipe, _json(value))
     if name == "max_model_len" and (value == "-1" or value.lower() == "auto"):
         return "auto"
     return _with_unit(value) if name in IN_UNITS else value
@@ -217,6 +229,26 @@ def _json(value: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return _with_unit(value)
+
+
+def _too_deep(value: str) -> bool:
+    depth = deepest = 0
+    for char in value:
+        depth += (char in "[{") - (char in "]}")
+        deepest = max(deepest, depth)
+    return deepest > DEPTH_MAX
+
+
+def _without_secrets(recipe: Recipe, value: Any) -> Any:
+    """The value without the keys in it that hold a secret, each of which is noted."""
+    if isinstance(value, list):
+        return [_without_secrets(recipe, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    secret = [key for key, one in value.items() if is_secret_name(key) and isinstance(one, str)]
+    for key in secret:
+        recipe.leave(f"{key} {HIDDEN}", KEY_DROPPED)
+    return {key: _without_secrets(recipe, one) for key, one in value.items() if key not in secret}
 
 
 def _with_unit(value: str) -> int | str:
