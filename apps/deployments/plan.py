@@ -11,6 +11,7 @@ from pathlib import Path
 
 from django.conf import settings
 
+from apps.deployments import lying
 from apps.deployments.boots import learnt
 from apps.deployments.equipment import (
     engine_adapter,
@@ -22,10 +23,11 @@ from apps.deployments.equipment import (
 )
 from apps.deployments.history import measured
 from apps.deployments.lacks import model_source, runs_simulated
+from apps.deployments.lying import Taken
 from apps.deployments.models import CPU_SLOT, LIVE, SLEEPER, WHOLE_CARD, Deployment, GpuReservation
 from apps.deployments.pauses import pause_words, paused_cards
 from apps.deployments.power import power_warnings
-from apps.deployments.rig_state import live_frame, rig_state, with_readings, without_sleepers
+from apps.deployments.rig_state import live_frame, rig_state, with_readings
 from apps.engines.protocol import (
     EngineKind,
     EngineLaunch,
@@ -43,7 +45,7 @@ from apps.profiles.fit import NO_CORRECTION, Verdict, prediction_of
 from apps.profiles.forecast import Forecast, RigState, advice_for, forecast, host_cache_bytes
 from apps.profiles.host_facts import numa_host
 from apps.profiles.models import Device, ProfileVersion
-from apps.profiles.placement import Card, DoesNotFit, RigFacts, is_nvlinked, place
+from apps.profiles.placement import Card, DoesNotFit, Placement, RigFacts, is_nvlinked
 from apps.profiles.preview import rig_facts
 from apps.rigs.models import Gpu, Rig
 
@@ -113,39 +115,28 @@ def plan(version: ProfileVersion, rig: Rig, *, exclusive: bool = False, advise: 
     paused = paused_cards(rig)
     frame = live_frame(rig)
     facts = with_readings(rig_facts(rig), frame)
-    chosen_cards: tuple[Card, ...] = ()
+    placement: Placement | None = None
+    taken = Taken()
     if version.device == Device.GPU:
         if rig.hardware_error:  # the rows tell what was there once; an engine that finds no driver dies at once
             problems.append(f"The cards cannot be read: {rig.hardware_error}")
         theirs = [r for r in held if r.replica.deployment_id not in replaced]
+        taken = Taken(
+            avoid=frozenset(r.gpu.uuid for r in theirs if r.gpu and not r.slot.startswith(SLEEPER)),
+            resting=frozenset(g.uuid for g in rig.gpus.filter(pk__in=paused)) if paused else frozenset(),
+            slept_on=frozenset(r.gpu.uuid for r in theirs if r.gpu and r.slot.startswith(SLEEPER)),
+        )
         try:
-            placement = place(
-                facts,
-                replicas=version.replicas,
-                tensor_parallel_size=version.tensor_parallel_size,
-                pipeline_parallel_size=version.pipeline_parallel_size,
-                avoid=frozenset(r.gpu.uuid for r in theirs if r.gpu and not r.slot.startswith(SLEEPER)),
-                resting=frozenset(g.uuid for g in rig.gpus.filter(pk__in=paused)) if paused else frozenset(),
-                slept_on=frozenset(r.gpu.uuid for r in theirs if r.gpu and r.slot.startswith(SLEEPER)),
-            )
+            placement = lying.placed(version, facts, taken)
         except DoesNotFit as no:
             problems.append(str(no))
-        else:
-            ids = {g.uuid: g.pk for g in rig.gpus.all()}
-            replica_gpus = tuple(tuple(ids[c.uuid] for c in cards) for cards in placement.replicas)
-            nvlinked, warnings = placement.nvlinked, placement.warnings
-            chosen_cards = tuple(card for cards in placement.replicas for card in cards)
-            if resting := [paused[g] for gpus in replica_gpus for g in gpus if g in paused]:
-                warnings = (*warnings, f"{pause_words(resting, rig)}.")
-    chosen = {g for gpus in replica_gpus for g in gpus}
-    for reservation in held:
-        on_card = reservation.gpu_id in chosen and reservation.slot == WHOLE_CARD
+    first = {c.uuid for c in placement.cards} if placement else set()
+    for reservation in held:  # whoever serves there; a later choice of cards spares all who serve
+        on_card = reservation.gpu is not None and reservation.gpu.uuid in first and reservation.slot == WHOLE_CARD
         on_cpu = version.device == Device.CPU and reservation.gpu_id is None and reservation.slot == CPU_SLOT
         if on_card or on_cpu:
             replaced.add(reservation.replica.deployment_id)
     simulated = runs_simulated(version, rig)
-    if version.engine == EngineKind.RAY_SERVE and not simulated and rig.slug == settings.RIG_NAME:
-        warnings += ray_network_warnings(private=Path(model_source(version, rig)).is_absolute())
     in_the_way = tuple(d for d in live if d.pk in replaced)
     install = engine_install_or_none(version, rig)
     correction, compiled = learnt(version, rig, engine_label(install))
@@ -156,14 +147,24 @@ def plan(version: ProfileVersion, rig: Rig, *, exclusive: bool = False, advise: 
         compile_cached=compiled,
         gguf=gguf_of(version, rig),
     )
-    others = [c for c in facts.cards if c.present and c not in chosen_cards]
-    found = forecast(version, chosen_cards, others, state)
-    if found.verdict is Verdict.DOES_NOT_FIT and any(state.cards[c.uuid].sleeping_neighbours for c in chosen_cards):
-        # A switch stops sleepers that do not leave enough.
-        alone = forecast(version, chosen_cards, others, without_sleepers(state))
-        if alone.verdict is not Verdict.DOES_NOT_FIT:
-            state, found = without_sleepers(state), alone
+    chosen_cards: tuple[Card, ...] = ()
+    if placement is None:
+        found = forecast(version, (), [c for c in facts.cards if c.present], state)
+    else:
+        lies = lying.settle(version, facts, state, placement, taken)
+        placement, state, found = lies.placement, lies.state, lies.forecast
+        chosen_cards = placement.cards
+        ids = {g.uuid: g.pk for g in rig.gpus.all()}
+        replica_gpus = tuple(tuple(ids[c.uuid] for c in cards) for cards in placement.replicas)
+        nvlinked, warnings = placement.nvlinked, placement.warnings
+        if resting := [paused[g] for gpus in replica_gpus for g in gpus if g in paused]:
+            warnings = (*warnings, f"{pause_words(resting, rig)}.")
+        if lies.stops_sleepers:
             warnings = (*warnings, "Models that sleep on these cards are stopped to make room.")
+    chosen = {g for gpus in replica_gpus for g in gpus}
+    others = [c for c in facts.cards if c.present and c not in chosen_cards]
+    if version.engine == EngineKind.RAY_SERVE and not simulated and rig.slug == settings.RIG_NAME:
+        warnings += ray_network_warnings(private=Path(model_source(version, rig)).is_absolute())
     uncorrected = found
     if correction.boots:
         plain = replace(state, correction=NO_CORRECTION)

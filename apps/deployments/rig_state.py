@@ -90,11 +90,6 @@ def rig_state(
     )
 
 
-def without_sleepers(state: RigState) -> RigState:
-    """The rig once its sleepers have been stopped."""
-    return replace(state, cards={uuid: replace(c, sleeping_neighbours=0) for uuid, c in state.cards.items()})
-
-
 def _sleepers(held: Collection[GpuReservation], gone: Collection[int]) -> Mapping[str, int]:
     count: dict[str, int] = {}
     for reservation in held:

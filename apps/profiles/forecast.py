@@ -119,19 +119,21 @@ def layout_of(version: ProfileVersion) -> fit.Layout:
 def forecast(
     version: ProfileVersion, chosen: Sequence[Card], others: Sequence[Card], state: RigState, *, advise: bool = True
 ) -> Forecast:
-    """``chosen``: the placement's cards, replica after replica; ``others``: room for a larger layout.
+    """``chosen``: the placement's cards, replica after replica; ``others``: room for a larger layout; most free first.
 
     Without ``advise`` no changes are looked for, which is several times cheaper.
     """
     if version.device == Device.CPU:
         return Forecast(_on_host(version, state))
-    cards = [c for c in (*chosen, *others) if c.uuid in state.cards]
+    cards = [c for c in chosen if c.uuid in state.cards]
+    cards += sorted((c for c in others if c.uuid in state.cards), key=lambda c: -state.cards[c.uuid].free_bytes)
     memory = tuple(state.cards[c.uuid] for c in cards)
     rig = fit.RigMemory(
         memory,
         compute_capability=state.compute_capability,
         host_available_bytes=state.host_available_bytes,
         correction=state.correction,
+        indices=tuple(c.index for c in cards),
     )
     model, layout = model_of(version.model), layout_of(version)
     options: fit.EngineOptions | fit.LlamaOptions
@@ -227,8 +229,8 @@ def state_when_free(facts: RigFacts, **known: Any) -> RigState:
 
 
 def when_free(version: ProfileVersion, facts: RigFacts, state: RigState) -> Forecast:
-    """The verdict on an empty rig, without advice. Which cards it takes does not matter then."""
-    return forecast(version, [c for c in facts.cards if c.present], (), state, advise=False)
+    """The verdict on an empty rig, without advice: on its largest cards, which a plan finds too."""
+    return forecast(version, (), [c for c in facts.cards if c.present], state, advise=False)
 
 
 # How a model is tried where no profile says: few sequences, as suits a team, and vLLM's usual share of a card.
@@ -239,7 +241,8 @@ SHORTEST_CONTEXT = 4096
 def model_fit(model: Model, facts: RigFacts) -> tuple[str, str]:
     """A word and a sentence: the fewest GPUs of this rig, all free, that serve the model at its full context; else the
     longest context that all of them give. "tight" is a shortened context or a range that crosses the limit."""
-    rig = fit.RigMemory(tuple(state_when_free(facts).cards.values()), compute_capability=facts.compute_capability)
+    cards = sorted(state_when_free(facts).cards.values(), key=lambda card: -card.total_bytes)
+    rig = fit.RigMemory(tuple(cards), compute_capability=facts.compute_capability)
     if not rig.cards:
         return "not known", "No GPU's memory is known."
     described = model_of(model)

@@ -59,6 +59,10 @@ class Placement:
     nvlinked: bool
     warnings: tuple[str, ...]
 
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        return tuple(card for cards in self.replicas for card in cards)
+
 
 class DoesNotFit(Exception):
     """The sentence why the layout cannot lie on this rig."""

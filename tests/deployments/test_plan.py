@@ -148,6 +148,24 @@ def test_a_strangers_process_on_a_card_counts_and_what_is_replaced_does_not(
     assert all(m.in_use_bytes is not None and m.in_use_bytes < 0.2 * GIB for m in found.forecast.memory)
 
 
+def test_a_card_that_a_stranger_fills_is_left_for_an_empty_one(
+    rig: Any, olivia: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_shipped()
+    profile = profile_get("qwen25-coder-32b-2xtp2")
+    version = profile_update(profile, actor=actor_of(olivia), replicas=1).current
+    pairs = [{gpu.index for gpu in rig.gpus.filter(pk__in=plan(version, rig).replica_gpus[0])}]
+    monkeypatch.setattr(rig_state, "latest", lambda _: frame(rig, {min(pairs[0]): 12.0}))
+    found = plan(version, rig)
+    pairs.append({gpu.index for gpu in rig.gpus.filter(pk__in=found.replica_gpus[0])})
+    assert found.fits, found.refusals
+    assert found.nvlinked
+    assert not pairs[0] & pairs[1]
+    assert {c.index for c in found.forecast.cards[:2]} == pairs[1]
+    assert found.servers == found.replica_gpus
+    assert len(found.bindings) == 1
+
+
 def test_on_the_rig_itself_only_the_replaced_processes_count_as_free(
     mixtral: Profile, rig: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

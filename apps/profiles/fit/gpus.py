@@ -129,7 +129,7 @@ def _one_gpu(
     return Parts(gpu, budget, free, available)
 
 
-def cannot_start(parts: list[Parts], options: EngineOptions) -> tuple[Verdict, str] | None:
+def cannot_start(parts: list[Parts], options: EngineOptions, rig: RigMemory) -> tuple[Verdict, str] | None:
     """vLLM refuses to start where less is free than it asks for; with a fixed KV size it just runs out."""
     if options.kv_cache_memory_bytes is not None:
         worst = min(parts, key=lambda p: p.gpu.slack.low)
@@ -138,7 +138,7 @@ def cannot_start(parts: list[Parts], options: EngineOptions) -> tuple[Verdict, s
         sure = worst.gpu.slack.high < 0
         return (
             Verdict.DOES_NOT_FIT if sure else Verdict.TIGHT,
-            f"The {gib(options.kv_cache_memory_bytes)} of KV cache asked for leave GPU {worst.gpu.position} "
+            f"The {gib(options.kv_cache_memory_bytes)} of KV cache asked for leave {rig.name(worst.gpu.position)} "
             f"{'short of' if sure else 'possibly short of'} memory by {gib(-worst.gpu.slack.low)}.",
         )
     worst = min(parts, key=lambda p: p.free.low - p.budget)
@@ -147,7 +147,7 @@ def cannot_start(parts: list[Parts], options: EngineOptions) -> tuple[Verdict, s
     sure = worst.free.high < worst.budget
     return (
         Verdict.DOES_NOT_FIT if sure else Verdict.TIGHT,
-        f"At its start vLLM asks for {gib(worst.budget)} of GPU {worst.gpu.position} "
+        f"At its start vLLM asks for {gib(worst.budget)} of {rig.name(worst.gpu.position)} "
         f"(utilisation {options.gpu_memory_utilization:g}), and {span(worst.free)} "
         f"{'are' if sure else 'may be'} free beside its own context and other users of the card"
         f"{': it refuses.' if sure else '.'}",

@@ -164,16 +164,26 @@ class CardMemory:
     sleeping_neighbours: int = 0
     display: bool = False
 
+    @property
+    def free_bytes(self) -> int:
+        """Beside what is in use, as far as it was measured; sleepers may be stopped."""
+        return self.total_bytes - (self.in_use_bytes or 0)
+
 
 @dataclass(frozen=True, slots=True)
 class RigMemory:
     """``cards`` in the order the layout takes them: replica after replica, in each stage after stage, rank after rank;
-    cards beyond the layout are room for a larger one. ``correction`` is what this rig's own boots taught."""
+    cards beyond the layout are room for a larger one. ``correction`` is what this rig's own boots taught. ``indices``:
+    what people call the cards, their positions where not given."""
 
     cards: tuple[CardMemory, ...]
     compute_capability: tuple[int, int] = (8, 6)
     host_available_bytes: int | None = None
     correction: Correction = NO_CORRECTION
+    indices: tuple[int, ...] = ()
+
+    def name(self, position: int) -> str:
+        return f"GPU {self.indices[position] if self.indices else position}"
 
 
 def model_facts(fields: Mapping[str, Any]) -> ModelFacts:

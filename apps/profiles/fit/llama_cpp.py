@@ -170,7 +170,7 @@ def _judged(
                 )
             )
     worst = min(gpus, key=lambda gpu: (gpu.slack.low, gpu.slack.high))
-    verdict, reason = _words(worst, free[worst.position], length, options, sizes)
+    verdict, reason = _words(worst, rig.name(worst.position), free[worst.position], length, options, sizes)
     if left.high:
         reason += f" {span(left)} stay on the CPU."
     if verdict is Verdict.DOES_NOT_FIT and options.context_tokens is None and _shortens(options):
@@ -203,10 +203,9 @@ def _shortens(options: LlamaOptions) -> bool:
 
 
 def _words(
-    worst: GpuEstimate, free: int, length: int, options: LlamaOptions, sizes: _Sizes
+    worst: GpuEstimate, where: str, free: int, length: int, options: LlamaOptions, sizes: _Sizes
 ) -> tuple[Verdict | None, str]:
     parts = f"{span(worst.weights)} of weights and {span(worst.kv_cache)} of cache for {length:,} tokens"
-    where = f"GPU {worst.position}"
     whole = options.gpu_layers == "all" or (
         isinstance(options.gpu_layers, int) and options.gpu_layers > len(sizes.layers)
     )

@@ -85,7 +85,7 @@ def outcome(model: ModelFacts, layout: Layout, options: EngineOptions, rig: RigM
         host_memory=Range.exactly(options.cpu_offload_bytes * layout.gpus) if options.cpu_offload_bytes else None,
         warnings=tuple(_warnings(model, options, rig, layout, pinned)),
     )
-    start = cannot_start(parts, options)
+    start = cannot_start(parts, options, rig)
     if start and start[0] is Verdict.DOES_NOT_FIT:
         return _with(found, start)
     shape, length = model.cache, options.max_model_len or model.max_context_tokens
