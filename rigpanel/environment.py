@@ -9,13 +9,16 @@ import os
 import secrets
 import socket
 import tempfile
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 # A unix socket's path has at most 108 bytes with its closing NUL (unix(7), sun_path).
 SOCKET_PATH_MAX_BYTES = 107
 LONGEST_SOCKET_NAME = "supervisor.sock.1234567"
+NOT_SHOWN = "what it is now is not shown, since it may hold a password."
 
 
 class ConfigError(Exception):
@@ -86,6 +89,69 @@ def env_url(name: str, default: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{name} must be an http or https address such as http://rig:8080, not {raw!r}.")
     return raw
+
+
+def env_choice(name: str, default: str, *choices: str) -> str:
+    """One of ``choices``; of them ``replay:FILE`` stands for ``replay:`` and any file."""
+    raw = env(name, default).strip()
+    for choice in choices:
+        prefix, colon, _ = choice.partition(":")
+        if raw == choice or (colon and raw.startswith(prefix + colon) and raw != prefix + colon):
+            return raw
+    raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {raw!r}.")
+
+
+def env_networks(name: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Addresses or networks with commas between them; an address is a network of one."""
+    found = []
+    for text in filter(None, (part.strip() for part in env(name).split(","))):
+        try:
+            found.append(ip_network(text, strict=False))
+        except ValueError:
+            raise ConfigError(
+                f"{name} must be addresses or networks such as 10.0.0.1 or 10.0.0.0/24, with commas between them, "
+                f"not {text!r}."
+            ) from None
+    return tuple(found)
+
+
+def env_database(name: str) -> dict[str, Any]:
+    """PostgreSQL as Django wants it told; empty when nothing is set."""
+    raw = env(name)
+    if not raw:
+        return {}
+    import environ
+
+    wrong = ConfigError(f"{name} must look like postgres://user:password@host:5432/name; {NOT_SHOWN}")
+    if raw.partition("://")[0] not in ("postgres", "postgresql"):
+        raise wrong
+    try:
+        found: dict[str, Any] = environ.Env.db_url_config(raw)
+    except ValueError:  # such as a port that is no number
+        raise wrong from None
+    if not found["NAME"]:
+        raise wrong
+    return found
+
+
+def env_email(name: str) -> dict[str, Any]:
+    """Django's settings for e-mail; empty when nothing is set."""
+    raw = env(name)
+    if not raw:
+        return {}
+    import environ
+
+    wrong = ConfigError(f"{name} must look like smtp+tls://user:password@mail.example:587; {NOT_SHOWN}")
+    scheme = raw.partition("://")[0]
+    if scheme not in environ.Env.EMAIL_SCHEMES:
+        raise wrong
+    try:
+        found: dict[str, Any] = environ.Env.email_url_config(raw)
+    except ValueError:
+        raise wrong from None
+    if scheme.startswith("smtp") and not found["EMAIL_HOST"]:
+        raise wrong
+    return found
 
 
 def rig_name() -> str:
@@ -169,7 +235,11 @@ def store_urls(raw: str, socket_path: Path) -> dict[str, str]:
     Channels) and ``celery``."""
     if not raw:
         return {"redis": f"unix://{quote(str(socket_path))}", "celery": f"redis+socket://{quote(str(socket_path))}"}
-    scheme = urlsplit(raw).scheme
+    try:
+        scheme = urlsplit(raw).scheme
+        _ = urlsplit(raw).port  # raises where it is no number
+    except ValueError:
+        raise ConfigError(f"RIGPANEL_REDIS_URL must look like redis://host:6379/0; {NOT_SHOWN}") from None
     if scheme == "unix":
         return {"redis": raw, "celery": raw.replace("unix://", "redis+socket://", 1)}
     if scheme in ("redis", "rediss"):

@@ -14,6 +14,10 @@ from rigpanel.environment import (
     ConfigError,
     data_directory,
     env,
+    env_choice,
+    env_database,
+    env_email,
+    env_networks,
     env_port,
     env_port_range,
     env_price,
@@ -51,9 +55,10 @@ if HOST == "127.0.0.1":
     _shown_host = "127.0.0.1"
 PUBLIC_URL = env_url("RIGPANEL_PUBLIC_URL", f"http://{_shown_host}:{PORT}")
 GATEWAY_URL = env_url("RIGPANEL_GATEWAY_URL", f"http://{_shown_host}:{GATEWAY_PORT}")
-TRUSTED_PROXIES = [p.strip() for p in env("RIGPANEL_TRUSTED_PROXIES").split(",") if p.strip()]
-HARDWARE = env("RIGPANEL_HARDWARE", "auto")
-RUNNER = env("RIGPANEL_RUNNER", "auto")
+TRUSTED_PROXIES = env_networks("RIGPANEL_TRUSTED_PROXIES")
+# The words of apps.hardware.detect and apps.runners.registry; importing those costs each process half a megabyte.
+HARDWARE = env_choice("RIGPANEL_HARDWARE", "auto", "auto", "nvml", "simulated", "replay:FILE")
+RUNNER = env_choice("RIGPANEL_RUNNER", "auto", "auto", "process", "systemd")
 ENGINE_PORTS = env_port_range("RIGPANEL_ENGINE_PORTS", "28100-28199")
 ENGINE_BIND = env("RIGPANEL_ENGINE_BIND", "127.0.0.1")
 ENGINE_ADVERTISE = env("RIGPANEL_ENGINE_ADVERTISE", ENGINE_BIND)
@@ -193,9 +198,8 @@ CONTENT_SECURITY_POLICY = {
 }
 
 # --- store -------------------------------------------------------------------------------------
-DATABASES: dict[str, dict[str, Any]]
-if env("RIGPANEL_DATABASE_URL"):
-    DATABASES = {"default": environ.Env.db_url_config(env("RIGPANEL_DATABASE_URL"))}
+DATABASES: dict[str, dict[str, Any]] = {"default": env_database("RIGPANEL_DATABASE_URL")}
+if DATABASES["default"]:
     DATABASES["default"]["CONN_MAX_AGE"] = 0  # web threads come and go; a kept connection per thread piles up
     DATABASES["default"]["CONN_HEALTH_CHECKS"] = True
 else:
@@ -271,9 +275,10 @@ LOGIN_URL = "account_login"
 LOGIN_REDIRECT_URL = "/"
 ACCOUNT_LOGOUT_REDIRECT_URL = "/accounts/login/"
 PASSWORD_RESET_TIMEOUT = 3 * 24 * 3600
-EMAIL_ENABLED = bool(env("RIGPANEL_EMAIL_URL"))
+_email = env_email("RIGPANEL_EMAIL_URL")
+EMAIL_ENABLED = bool(_email)
 if EMAIL_ENABLED:
-    vars().update(environ.Env.email_url_config(env("RIGPANEL_EMAIL_URL")))
+    vars().update(_email)
 else:
     EMAIL_BACKEND = "django.core.mail.backends.dummy.EmailBackend"
 DEFAULT_FROM_EMAIL = f"rigpanel@{_public.hostname}"

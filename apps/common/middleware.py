@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 
 from apps.common.errors import ApplicationError
+from apps.common.networks import is_within
 
 FORWARDED = ("HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_PROTO", "HTTP_X_FORWARDED_HOST", "HTTP_FORWARDED")
-
-
-def is_trusted(address: str, trusted: list[str]) -> bool:
-    """Whether ``address`` is one of the proxies (addresses or networks) whose headers count."""
-    try:
-        ip = ipaddress.ip_address(address)
-        return any(ip in ipaddress.ip_network(network, strict=False) for network in trusted)
-    except ValueError:
-        return False
 
 
 class TrustedProxyMiddleware:
@@ -29,7 +20,7 @@ class TrustedProxyMiddleware:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        if is_trusted(request.META.get("REMOTE_ADDR", ""), settings.TRUSTED_PROXIES):
+        if is_within(request.META.get("REMOTE_ADDR", ""), settings.TRUSTED_PROXIES):
             client = request.META.get("HTTP_X_FORWARDED_FOR", "").split(",")[-1].strip()
             if client:
                 request.META["REMOTE_ADDR"] = client

@@ -25,7 +25,7 @@ def settings_in_force() -> list[tuple[str, list[tuple[str, str, str]]]]:
                 ("RIGPANEL_HOST, RIGPANEL_PORT", f"{settings.HOST}:{settings.PORT}", "where the panel listens"),
                 (
                     "RIGPANEL_TRUSTED_PROXIES",
-                    ", ".join(settings.TRUSTED_PROXIES) or "none",
+                    ", ".join(map(str, settings.TRUSTED_PROXIES)) or "none",
                     "whose forwarded headers count",
                 ),
                 (

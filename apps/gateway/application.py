@@ -12,12 +12,13 @@ from typing import Any
 import structlog
 from django.conf import settings
 
+from apps.common.networks import is_within
 from apps.common.roles import Role
 from apps.gateway import errors
 from apps.gateway.access_log import AccessLog
 from apps.gateway.bodies import parse_body
 from apps.gateway.client import BodyBudget, Client, ClientGone
-from apps.gateway.identity import TASK_HEADER, is_within, named_person, networks_of, origin
+from apps.gateway.identity import TASK_HEADER, named_person, origin
 from apps.gateway.intake import call_of, only_model, read_wish
 from apps.gateway.keys import Key, KeyCache, is_like_a_key
 from apps.gateway.limits import Limits
@@ -74,7 +75,7 @@ class Gateway:
         self.limits = limits or Limits()
         self.observer = observer or Observer()
         self._running: dict[Client, Exchange] = {}
-        self._proxies = networks_of(settings.TRUSTED_PROXIES)
+        self._proxies = settings.TRUSTED_PROXIES
         self.routes = RouteCache()
         self.keys = KeyCache()
         self.keys.on_gone = self._cut

@@ -8,9 +8,10 @@ import json
 import time
 from collections.abc import Sequence
 from hashlib import sha256
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import ip_network
 from typing import Any
 
+from apps.common.networks import Network, is_within
 from apps.gateway import errors
 from apps.gateway.protocol import RawHeaders
 
@@ -19,7 +20,6 @@ TASK_HEADER = b"x-openwebui-task"
 ISSUER = "open-webui"
 TOKEN_LENGTH_MAX = 4096
 CLOCK_SKEW_S = 60.0
-Network = IPv4Network | IPv6Network
 
 
 def networks_of(texts: Sequence[str]) -> tuple[Network, ...]:
@@ -86,13 +86,3 @@ def origin(client: tuple[str, int] | None, headers: RawHeaders, trusted: Sequenc
         if not is_within(address, trusted):
             break
     return address
-
-
-def is_within(address: str, networks: Sequence[Network]) -> bool:
-    try:
-        ip: IPv4Address | IPv6Address = ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return any(ip in network for network in networks if network.version == ip.version)

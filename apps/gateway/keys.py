@@ -11,8 +11,9 @@ from django.db.models import F, Q
 
 from apps.accounts.models import ApiKey, User
 from apps.accounts.tokens import people_secret, token_digest
+from apps.common.networks import Network
 from apps.common.roles import Role
-from apps.gateway.identity import Network, networks_of
+from apps.gateway.identity import networks_of
 
 KEY_PREFIX = "rp-"
 KEY_LENGTH_MAX = 200
