@@ -19,6 +19,7 @@ from django.utils.encoding import force_bytes
 from django.utils.http import urlsafe_base64_encode
 
 from apps.accounts.models import ApiKey, Invitation, User
+from apps.accounts.signals import key_rotated
 from apps.accounts.tokens import KEYS_EPOCH, token_digest
 from apps.audit.services import record
 from apps.common.actors import PANEL, Actor, actor_of
@@ -192,6 +193,7 @@ def key_rotate(key: ApiKey, *, actor: Actor, overlap: timedelta = ROTATION_OVERL
             key.expires_at = ends_at
             key.save(update_fields=["expires_at"])
         record(actor, "key.rotate", "key", key.pk, str(key), {"user": key.user.email, "new": new.pk})
+        key_rotated.send(sender=ApiKey, old=key, new=new, actor=actor)
         Epoch.bump(KEYS_EPOCH)
     return new, token
 

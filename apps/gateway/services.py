@@ -50,6 +50,14 @@ def quota_set(subject: Subject, values: Mapping[str, int | None], *, actor: Acto
     return quota
 
 
+def on_key_rotated(old: ApiKey, new: ApiKey, actor: Actor, **_: Any) -> None:
+    """The key that takes another's place has its limits, too. Read without a lock: the audit's is held already, and a
+    quota that is being set would wait for that."""
+    quota = Quota.objects.filter(key=old).first()
+    if quota is not None:
+        quota_set(new, {field: getattr(quota, field) for field in FIELDS}, actor=actor)
+
+
 def _fits(name: str, value: object) -> bool:
     if value is None:
         return True

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.accounts.models import ApiKey
-from apps.accounts.services import key_create
+from apps.accounts.services import key_create, key_rotate
 from apps.audit.models import AuditEntry
 from apps.common.actors import actor_of
 from apps.common.errors import Invalid
@@ -330,6 +330,28 @@ def test_a_member_over_the_limit_gets_429_in_openais_shape_and_others_go_on(
     assert answers[0].headers["x-ratelimit-limit-requests"] == refused.headers["x-ratelimit-limit-requests"] == "3"
     assert gateway.ask("POST", "/v1/chat/completions", chat("coder"), key=alices_key).status == 200
     assert gateway.ask("GET", "/v1/models", key=bobs_key).status == 200
+
+
+def test_a_key_that_takes_anothers_place_has_its_quota_and_both_keep_it_while_both_go_on(
+    house: House, alice: Any, bob: Any, gateway: GatewayProcess
+) -> None:
+    house.serve(gateway, "coder", house.engine("coder"))
+    old, old_token = key_create(bob, name="ci", actor=actor_of(bob))
+    quota_set(old, {"requests_per_minute": 5, "tokens_per_day": 10**6}, actor=actor_of(alice))
+    free, _ = key_create(bob, name="free", actor=actor_of(bob))
+    quotas, epoch = Quota.objects.count(), Epoch.current("quotas")
+    new, new_token = key_rotate(old, actor=actor_of(bob))
+    assert Epoch.current("quotas") > epoch  # what the gateways look at
+    entry = AuditEntry.objects.filter(action="quota.set").latest("sequence")
+    assert (entry.object_id, entry.actor_name) == (str(new.pk), actor_of(bob).name)
+    house.applied(gateway)
+    for token in (old_token, new_token):
+        applied(gateway, token, "5")
+    quota = Quota.objects.get(key=new)
+    assert (quota.requests_per_minute, quota.tokens_per_day, quota.concurrent) == (5, 10**6, None)
+    assert Quota.objects.get(key=old).requests_per_minute == 5
+    key_rotate(free, actor=actor_of(bob))
+    assert Quota.objects.count() == quotas + 1  # of none comes none
 
 
 HEADER = re.compile(r"x-ratelimit-(limit|remaining|reset)-(requests|tokens)")
