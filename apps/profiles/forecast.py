@@ -93,6 +93,18 @@ MODEL_FIELDS = (
 )
 
 
+def served_by_vllm(version: ProfileVersion) -> tuple[fit.ModelFacts, str]:
+    """The model with the weights that vLLM makes of it while it loads; a sentence where nobody can say how large."""
+    model, scheme = model_of(version.model), str(version.options.get("quantization") or "")
+    if version.options.get("quantization_config"):
+        scheme = "online"
+    found = fit.quantized(model, scheme)
+    if found is not None:
+        return found, ""
+    name = "quantization_config" if version.options.get("quantization_config") else f"quantization {scheme}"
+    return model, f"How much {name} makes smaller is not known; counted as the files are."
+
+
 def advice_for(
     version: ProfileVersion, facts: RigFacts, state: RigState, history: Sequence[Measured], *, published_cards: bool
 ) -> Advice | None:
@@ -107,7 +119,7 @@ def advice_for(
     )
     rig = fit.RigMemory(cards, compute_capability=facts.compute_capability, correction=state.correction)
     try:
-        return advice(model_of(version.model), options, rig, facts, history, published_cards=published_cards)
+        return advice(served_by_vllm(version)[0], options, rig, facts, history, published_cards=published_cards)
     except ValueError:  # options that no engine takes; the estimate says which
         return None
 
@@ -135,11 +147,11 @@ def forecast(
         correction=state.correction,
         indices=tuple(c.index for c in cards),
     )
-    model, layout = model_of(version.model), layout_of(version)
+    layout = layout_of(version)
     options: fit.EngineOptions | fit.LlamaOptions
     if version.engine == Engine.LLAMA_CPP:
         options = llama_options(version.options)
-        found = fit.llama_estimate(model, layout, options, rig, state.gguf)
+        found = fit.llama_estimate(model_of(version.model), layout, options, rig, state.gguf)
     else:
         options = vllm_options(
             version.options,
@@ -158,6 +170,7 @@ def forecast(
                 eager=options.enforce_eager,
             )
             options = replace(options, kv_cache_memory_bytes=careful)
+        model, unsized = served_by_vllm(version)
         unknown = options.kv_cache_dtype if options.kv_cache_dtype not in fit.KV_CACHE_DTYPES else ""
         if unknown:
             options = replace(options, kv_cache_dtype="auto")
@@ -171,7 +184,12 @@ def forecast(
         if unknown:
             reason = f"How much cache a token takes as {unknown} is not known; counted as the model's own type."
             found = replace(found, verdict=None, reason=f"{reason} {found.reason}", changes=())
+        if unsized and found.gpus and found.verdict is not fit.Verdict.FITS:
+            found = replace(found, verdict=None, reason=f"{unsized} {found.reason}", changes=())
         found = replace(found, warnings=(*found.warnings, *not_counted(version.options)))
+        if model.weights_most_bytes is not None:
+            scheme = version.options["quantization"]
+            found = replace(found, warnings=(*found.warnings, f"The weights are counted as {scheme} leaves them."))
     suggestions = tuple(
         Suggestion(
             change.setting,

@@ -18,6 +18,7 @@ from apps.profiles.fit.inputs import (
 from apps.profiles.fit.kv_cache import KvCacheCapacity, bytes_for_one_request, kv_cache_capacity
 from apps.profiles.fit.layers import KV_CACHE_DTYPES, LayerGroup
 from apps.profiles.fit.llama_cpp import llama_estimate, llama_host_estimate
+from apps.profiles.fit.online import quantized
 from apps.profiles.fit.outcomes import BootForecast, Outcome, outcome, prediction_of
 from apps.profiles.fit.ranges import Range
 
@@ -54,4 +55,5 @@ __all__ = [
     "model_facts",
     "outcome",
     "prediction_of",
+    "quantized",
 ]

@@ -28,7 +28,8 @@ class CacheShape:
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """The catalogue's fields; None where nobody could source one. ``weights_estimated`` marks weights computed from a
-    parameter count, which leaves out what a quantizer keeps in 16 bit. ``cache`` is None where not known."""
+    parameter count, which leaves out what a quantizer keeps in 16 bit. ``weights_most_bytes``: the high end where
+    ``weights_bytes`` is a low one. ``cache`` is None where not known."""
 
     name: str
     weights_bytes: int | None
@@ -47,6 +48,7 @@ class ModelFacts:
     quantization: str = ""
     architecture: str = ""
     cache: CacheShape | None = None
+    weights_most_bytes: int | None = None
 
     @property
     def four_bit_linear(self) -> bool:

@@ -7,6 +7,8 @@ first with the embedding and the last with the output head.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from apps.profiles.fit.block_tables import stage_ends
 from apps.profiles.fit.inputs import Layout, ModelFacts
 from apps.profiles.fit.ranges import GIB, Range
@@ -28,7 +30,13 @@ def weights_per_gpu(model: ModelFacts, layout: Layout, compute_capability: tuple
     """Bytes on a GPU of each pipeline stage, or None where the model's size is not known."""
     if model.weights_bytes is None:
         return None
-    return [_with_rounding(model, share, compute_capability) for share in shares(model, layout)]
+    found = [_with_rounding(model, share, compute_capability) for share in shares(model, layout)]
+    if model.weights_most_bytes is None:
+        return found
+    most = weights_per_gpu(
+        replace(model, weights_bytes=model.weights_most_bytes, weights_most_bytes=None), layout, compute_capability
+    )
+    return [Range(low.low, high.high) for low, high in zip(found, most or found, strict=True)]
 
 
 def shares(model: ModelFacts, layout: Layout) -> list[int]:
