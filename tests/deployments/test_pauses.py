@@ -145,6 +145,24 @@ def test_neither_does_the_way_home_which_says_why(quad: Any, degrees: dict[int, 
     assert "GPU 1 was stopped for heat at" in policy_of(quad).clock_answer
 
 
+def test_the_way_home_waits_for_a_missing_card_without_using_up_its_tries(quad: Any) -> None:
+    home = simulated_profile("coder", tp=4)
+    gone = lies_on(quad, "others", 0, 1)
+    end(gone)
+    Deployment.objects.update(ended_at=timezone.now() - timedelta(hours=1))
+    RigPolicy.objects.create(rig=quad, home_profile=home, home_after_idle_seconds=60)
+    quad.gpus.filter(index=3).update(present=False)
+    for _ in range(3):
+        ticking._refused_at.clear()
+        ticking.tick(quad.slug)
+    assert not Job.objects.exists()
+    assert policy_of(quad).clock_answer.endswith("Not switched: GPU 3 is missing.")
+    quad.gpus.update(present=True)
+    ticking._refused_at.clear()
+    ticking.tick(quad.slug)
+    assert Job.objects.get().profile_slug == "coder"
+
+
 def test_neither_does_a_restart(quad: Any, degrees: dict[int, float]) -> None:
     deployment = hot(quad, degrees)
     Deployment.objects.filter(pk=deployment.pk).update(status=Status.FAILED, desired=Desired.SERVING)
