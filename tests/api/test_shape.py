@@ -167,6 +167,17 @@ def test_the_docs_page_shows_every_operation_and_needs_nothing_from_elsewhere(bo
     assert not re.findall(r"<script(?![^>]*\bsrc=)", page)
 
 
+def test_metrics_and_probes_come_over_plain_loopback_where_the_pages_are_https(
+    settings: Any, api: Api, alice: User
+) -> None:
+    settings.SECURE_SSL_REDIRECT = True  # as with an https RIGPANEL_PUBLIC_URL
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert Client().get(path).status_code != 301, path
+    assert b"rigpanel_part_ok" in Client().get("/metrics").content
+    assert Client().get("/metrics", REMOTE_ADDR="192.0.2.1").status_code == 403
+    assert Client().get("/").status_code == 301
+
+
 def test_the_description_is_there_for_anybody(db: None) -> None:
     assert Client().get("/api/v1/openapi.json").json()["openapi"].startswith("3.")
 
