@@ -122,7 +122,8 @@ def list_members(request: HttpRequest) -> QuerySet[User]:
 
 
 @router.post("/members", response={201: InvitationOut}, auth=needs(Role.OWNER), summary="Invite somebody")
-def invite_member(request: HttpRequest, data: InviteIn) -> dict[str, Any]:
+def invite_member(request: HttpRequest, data: InviteIn | None = None) -> dict[str, Any]:
+    data = data or InviteIn()
     invitation, path = services.invitation_create(role=Role(data.role), email=data.email, actor=actor_of(request.user))
     return {
         "id": invitation.pk,
@@ -173,8 +174,9 @@ def create_key(request: HttpRequest, data: KeyIn) -> dict[str, Any]:
 
 
 @router.post("/keys/{int:key}/rotate", response={201: NewKeyOut}, auth=needs(Role.MEMBER), summary="Replace a key")
-def rotate_key(request: HttpRequest, key: int, data: RotateIn) -> dict[str, Any]:
+def rotate_key(request: HttpRequest, key: int, data: RotateIn | None = None) -> dict[str, Any]:
     """A new key with the same limits; the old one goes on for a while."""
+    data = data or RotateIn()
     return _new_key(
         *services.key_rotate(
             key_get(request.user, key),  # type: ignore[arg-type]

@@ -20,8 +20,9 @@ from apps.catalog.weights.services import download_request, register_here, remov
 from apps.common.actors import actor_of
 from apps.common.api import Paged, needs
 from apps.common.roles import Role
-from apps.jobs.api import JobOut
+from apps.jobs.api import JobOut, WaitSeconds
 from apps.jobs.models import Job
+from apps.jobs.waiting import wait_for
 from apps.rigs.selectors import rig_get
 
 router = Router(tags=["models"])
@@ -52,13 +53,15 @@ class WeightsOut(Schema):
 
 
 class DownloadIn(Schema):
-    """``repo``: another than the model's own. ``revision``: branch, tag or commit. ``quantization``: of a GGUF."""
+    """``repo``: another than the model's own. ``revision``: branch, tag or commit. ``quantization``: of a GGUF.
+    ``wait_s``: answer when the job has ended, or after so many seconds."""
 
     repo: str = ""
     revision: str = ""
     quantization: str = ""
     rig: str | None = None
     reason: str = Field(default="", max_length=500)
+    wait_s: WaitSeconds = 0
 
 
 class WeightsIn(Schema):
@@ -165,11 +168,13 @@ def delete_model(request: HttpRequest, model: str) -> None:
 
 
 @router.post("/models/{model}/download", response={202: JobOut}, auth=needs(Role.OPERATOR), summary="Download weights")
-def download_model(request: HttpRequest, model: str, data: DownloadIn) -> Job:
+def download_model(request: HttpRequest, model: str, data: DownloadIn | None = None) -> Job:
     """The same request again answers with the job under way. What an earlier one left is carried on."""
-    values = data.model_dump(exclude={"rig"})
+    data = data or DownloadIn()
+    values = data.model_dump(exclude={"rig", "wait_s"})
     rig = rig_get(data.rig) if data.rig else None
-    return download_request(model_get(model), actor=actor_of(request.user), rig=rig, **values)
+    job = download_request(model_get(model), actor=actor_of(request.user), rig=rig, **values)
+    return wait_for(job, limit_seconds=data.wait_s)
 
 
 @router.post(

@@ -25,7 +25,7 @@ from apps.deployments.selectors import deployment_get
 from apps.deployments.services import require_switch, stop_request, switch_request
 from apps.deployments.suggestions import suggestion_apply
 from apps.engines.protocol import InvalidOptions
-from apps.jobs.api import JobOut
+from apps.jobs.api import JobOut, WaitSeconds
 from apps.jobs.models import Job
 from apps.jobs.selectors import job_get
 from apps.jobs.waiting import wait_for
@@ -37,7 +37,6 @@ from apps.rigs.models import Rig
 from apps.rigs.selectors import rig_default, rig_get
 
 router = Router(tags=["serving"])
-WAIT_MAX_SECONDS = 600
 
 
 class ReplicaOut(Schema):
@@ -146,7 +145,7 @@ class SwitchIn(Schema):
 
     profile: str
     reason: str = Field(default="", max_length=500)
-    wait_s: float = Field(default=0, ge=0, le=WAIT_MAX_SECONDS)
+    wait_s: WaitSeconds = 0
     exclusive: bool = False
     override: bool = False
     rig: str | None = None
@@ -155,7 +154,7 @@ class SwitchIn(Schema):
 class StopIn(Schema):
     reason: str = Field(default="", max_length=500)
     override: bool = False
-    wait_s: float = Field(default=0, ge=0, le=WAIT_MAX_SECONDS)
+    wait_s: WaitSeconds = 0
 
 
 def chosen_rig(reference: str | None) -> Rig:

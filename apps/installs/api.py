@@ -16,8 +16,9 @@ from apps.common.roles import Role
 from apps.installs.models import EngineInstall
 from apps.installs.selectors import install_get, install_list
 from apps.installs.services import install_remove, install_request
-from apps.jobs.api import JobOut
+from apps.jobs.api import JobOut, WaitSeconds
 from apps.jobs.models import Job
+from apps.jobs.waiting import wait_for
 from apps.rigs.selectors import rig_get
 
 router = Router(tags=["engines"])
@@ -44,12 +45,14 @@ class InstallOut(Schema):
 
 class InstallIn(Schema):
     """``name``: *starter* (llama.cpp with Gemma 3 270M, the smallest), *llama-server*, *vllm* or *ray*. On a rig
-    without NVIDIA cards *vllm* is its CPU build."""
+    without NVIDIA cards *vllm* is its CPU build. ``wait_s``: answer when the job has ended, or after so many
+    seconds."""
 
     name: str
     version: str = ""
     rig: str | None = None
     reason: str = Field(default="", max_length=500)
+    wait_s: WaitSeconds = 0
 
 
 @router.get("/installs", response=list[InstallOut], auth=needs(Role.VIEWER), summary="Engines found or installed")
@@ -60,13 +63,14 @@ def list_installs(request: HttpRequest, rig: str = "") -> QuerySet[EngineInstall
 
 @router.post("/installs", response={202: JobOut}, auth=needs(Role.OPERATOR), summary="Install an engine")
 def create_install(request: HttpRequest, data: InstallIn) -> Job:
-    return install_request(
+    job = install_request(
         name=data.name,
         version=data.version,
         actor=actor_of(request.user),
         rig=rig_get(data.rig) if data.rig else None,
         reason=data.reason,
     )
+    return wait_for(job, limit_seconds=data.wait_s)
 
 
 @router.delete(

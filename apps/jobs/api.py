@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponseBase
 from ninja import Router, Schema
 from ninja.pagination import paginate
+from pydantic import Field
 
 from apps.common.actors import actor_of
 from apps.common.api import Paged, needs
@@ -21,6 +22,10 @@ from apps.jobs.selectors import LOG_PAGE_LINES, job_get, job_log_after
 from apps.jobs.services import job_cancel
 
 router = Router(tags=["jobs"])
+
+WAIT_MAX_SECONDS = 600
+# Of every call that answers with a job it made: answer when the job has ended, or after so many seconds.
+WaitSeconds = Annotated[float, Field(ge=0, le=WAIT_MAX_SECONDS)]
 
 
 class StepOut(Schema):

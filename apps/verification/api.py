@@ -14,8 +14,9 @@ from pydantic import Field
 from apps.common.actors import actor_of
 from apps.common.api import Paged, needs
 from apps.common.roles import Role
-from apps.jobs.api import JobOut
+from apps.jobs.api import JobOut, WaitSeconds
 from apps.jobs.models import Job
+from apps.jobs.waiting import wait_for
 from apps.rigs.selectors import rig_default, rig_get
 from apps.verification.models import CheckResult, VerificationRun
 from apps.verification.selectors import run_get, run_list
@@ -71,9 +72,12 @@ class VerificationOut(Schema):
 
 
 class VerificationIn(Schema):
+    """``wait_s``: answer when the job has ended, or after so many seconds."""
+
     suite: str = "quick"
     rig: str | None = None
     reason: str = Field(default="", max_length=500)
+    wait_s: WaitSeconds = 0
 
 
 @router.get("/verifications", response=list[VerificationOut], auth=needs(Role.VIEWER), summary="Runs, newest first")
@@ -83,10 +87,12 @@ def list_verifications(request: HttpRequest, rig: str | None = None) -> QuerySet
 
 
 @router.post("/verifications", response={202: JobOut}, auth=needs(Role.OPERATOR), summary="Verify a rig")
-def create_verification(request: HttpRequest, data: VerificationIn) -> Job:
+def create_verification(request: HttpRequest, data: VerificationIn | None = None) -> Job:
     """The run itself is in ``GET /verifications``, with this job's id."""
+    data = data or VerificationIn()
     rig = rig_get(data.rig) if data.rig else rig_default()
-    return verify_request(suite=data.suite, rig=rig, actor=actor_of(request.user), reason=data.reason)
+    job = verify_request(suite=data.suite, rig=rig, actor=actor_of(request.user), reason=data.reason)
+    return wait_for(job, limit_seconds=data.wait_s)
 
 
 @router.get(

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from django.test import Client
 
 from apps.accounts.models import User
+from apps.accounts.services import key_create
+from apps.catalog.services import load_shipped as load_models
+from apps.common.actors import actor_of
+from apps.jobs import waiting
 from apps.jobs.models import Job, JobLogLine, JobState, JobStep, StepState
+from apps.profiles.services import load_shipped as load_profiles
 
 Api = Callable[[Any], Client]
 JOB_FIELDS = {
@@ -64,3 +72,40 @@ def test_cancelling_answers_202_with_the_job(api: Api, alice: User, bob: User) -
     assert answer.json()["state"] == "cancelled"
     assert api(bob).post(f"/api/v1/jobs/{own.pk}/cancel").json()["error"]["code"] == "job_ended"
     assert api(bob).post(f"/api/v1/jobs/{others.pk}/cancel").status_code == 403
+
+
+@pytest.fixture
+def shipped(rig: Any) -> None:
+    load_models()
+    load_profiles()
+
+
+STARTING: dict[str, dict[str, Any]] = {
+    "/api/v1/verifications": {},
+    "/api/v1/installs": {"name": "starter"},
+    "/api/v1/models/qwq-32b-awq/download": {},
+    "/api/v1/switch": {"profile": "gemma-3-270m-cpu"},
+}
+
+
+@pytest.mark.parametrize("path", STARTING)
+def test_wait_s_answers_once_the_job_has_ended(
+    api: Api, alice: User, shipped: None, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def while_it_sleeps(_: float) -> None:
+        Job.objects.update(state=JobState.SUCCEEDED)  # the worker
+
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=time.monotonic, sleep=while_it_sleeps))
+    client = api(alice)
+    asked = client.post(path, STARTING[path] | {"wait_s": 60}, content_type="application/json")
+    assert (asked.status_code, asked.json()["state"]) == (202, "succeeded"), asked.content
+    assert client.post(path, STARTING[path], content_type="application/json").json()["state"] == "queued"
+
+
+def test_what_needs_no_field_needs_no_body(api: Api, alice: User, shipped: None) -> None:
+    client = api(alice)
+    assert client.generic("POST", "/api/v1/verifications").status_code == 202
+    assert client.generic("POST", "/api/v1/models/qwq-32b-awq/download").status_code == 202
+    key, _ = key_create(alice, name="ci", actor=actor_of(alice))
+    assert client.generic("POST", f"/api/v1/keys/{key.pk}/rotate").status_code == 201
+    assert client.generic("POST", "/api/v1/members").json()["role"] == "member"
