@@ -120,6 +120,9 @@ def restore(ctx: JobContext) -> str:
             told.append(f"Brought back {version.profile.name}.")
         except JobFailed as failure:
             told.append(f"{version.profile.name} could not be brought back: {failure.message}")
+        except JobCancelled:  # that ends the return alone: the switch has done what was asked
+            sentence = ctx.cancel_sentence()
+            told.append(f"{version.profile.name} was not brought back: {sentence[:1].lower()}{sentence[1:]}")
     if told:
         ctx.save_data(aftermath=" ".join(told))
     return " ".join(told) or "nothing to bring back"
@@ -162,16 +165,21 @@ def _return_version(ctx: JobContext, version: ProfileVersion, rig: Rig) -> None:
         raise why_not
     if asleep is not None and asleep.status == Status.SLEEPING:
         stop_now(asleep, "a card of it pauses, and it is started on others")
-    wait_for_memory(the_plan.replica_gpus, ctx.sleep)
     try:
-        start_deployment(deployment, the_plan)
-        wait_for_deployment(ctx, deployment)
-        smoke(deployment, ctx.sleep)
+        with ctx.cancellable():  # also where the switch has come to its end: a load is long
+            wait_for_memory(the_plan.replica_gpus, ctx.sleep)
+            start_deployment(deployment, the_plan)
+            wait_for_deployment(ctx, deployment)
+            smoke(deployment, ctx.sleep)
     except JobFailed as failure:
         _give_back_up(deployment, failure.message, failure.evidence)
         raise
     except JobCancelled:
-        _give_back_up(deployment, "its return was cancelled")
+        later = ctx.job.superseded_by_id
+        if later is not None and ctx.job.failure is None:  # it owes nothing: this switch has done what was asked
+            _give_back_up(deployment, f"Its return gave way to job {later}.", {})
+        else:
+            stop_now(deployment, "its return was cancelled")
         raise
     open_traffic(deployment)
 
@@ -192,7 +200,7 @@ def _woken_again(ctx: JobContext, asleep: Deployment) -> bool:
         stop_now(asleep, "it did not wake up")
         return False
     except JobCancelled:
-        _give_back_up(asleep, "its return was cancelled")
+        stop_now(asleep, "its return was cancelled")
         raise
     open_traffic(asleep)
     return True
@@ -217,15 +225,13 @@ def _returning(ctx: JobContext, version: ProfileVersion, rig: Rig) -> Deployment
     return deployment
 
 
-def _give_back_up(deployment: Deployment, why: str, evidence: dict[str, Any] | None = None) -> None:
-    """Stop what does not come back. It stays wanted (its restart policy takes over) unless ``evidence`` is None: then
-    somebody wants it no more."""
-    desired = Desired.STOPPED if evidence is None else Desired.SERVING
-    Deployment.objects.filter(pk=deployment.pk).update(desired=desired, evidence=evidence)
+def _give_back_up(deployment: Deployment, why: str, evidence: dict[str, Any]) -> None:
+    """Stop what does not come back. It stays wanted: its restart policy takes over."""
+    Deployment.objects.filter(pk=deployment.pk).update(desired=Desired.SERVING, evidence=evidence)
     if deployment.status != Status.STOPPING:
         deployment_transition(deployment, Status.STOPPING, why)
     launching.stop_processes(deployment)
-    deployment_transition(deployment, Status.STOPPED if evidence is None else Status.FAILED, why)
+    deployment_transition(deployment, Status.FAILED, why)
 
 
 def release(ctx: JobContext) -> str:

@@ -6,7 +6,8 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -109,6 +110,23 @@ class JobContext:
         if self._cancelled and self._cancellable:
             raise JobCancelled
 
+    @contextmanager
+    def cancellable(self) -> Iterator[None]:
+        """A part that a cancel ends, of a step that it does not: in it ``check`` raises JobCancelled."""
+        before, self._cancellable = self._cancellable, True
+        try:
+            self.check()
+            yield
+        finally:
+            self._cancellable = before
+
+    def cancel_sentence(self) -> str:
+        """Who ended it, or what took its place."""
+        if self.job.superseded_by_id:
+            return f"Superseded by job {self.job.superseded_by_id}."
+        by = Job.objects.filter(pk=self.job.pk).values_list("cancel_requested_by", flat=True).first()
+        return f"Cancelled by {by or 'somebody'}."
+
     @property
     def lost(self) -> bool:
         """Whether another worker has this job now; nothing of it may be touched any more."""
@@ -159,7 +177,7 @@ class JobContext:
                 except LeaseLost:
                     raise
                 except JobCancelled:
-                    self._give_up(JobState.CANCELLED, self._cancel_sentence(), {})
+                    self._give_up(JobState.CANCELLED, self.cancel_sentence(), {})
                 except JobFailed as failure:
                     self._give_up(JobState.FAILED, failure.message, failure.evidence)
                 except OperationalError:
@@ -244,7 +262,7 @@ class JobContext:
                 notes.append(second.message)
                 self.log(second.message)
             except JobCancelled:
-                notes.append(f"{step.title}: {self._cancel_sentence().lower()}")
+                notes.append(f"{step.title}: {self.cancel_sentence().lower()}")
                 self.log(notes[-1])
             except OperationalError:
                 if self.job.attempts < ATTEMPTS_MAX:
@@ -260,12 +278,6 @@ class JobContext:
         summary = " ".join(part for part in (str(failure.get("message", "")), aftermath, *notes) if part)
         result = {"summary": summary, **dict(failure.get("evidence") or {})}
         job_finish(self.job, state, result, where={"lease_owner": self.owner})
-
-    def _cancel_sentence(self) -> str:
-        if self.job.superseded_by_id:
-            return f"Superseded by job {self.job.superseded_by_id}."
-        by = Job.objects.filter(pk=self.job.pk).values_list("cancel_requested_by", flat=True).first()
-        return f"Cancelled by {by or 'somebody'}."
 
     def _mark(self, row: JobStep, state: StepState, **values: Any) -> None:
         JobStep.objects.filter(pk=row.pk).update(state=state, **values)

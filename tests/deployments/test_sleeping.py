@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from apps.common.actors import PANEL, actor_of
 from apps.common.errors import Conflict
-from apps.deployments import launching, sleeping, switch_forward, switch_sleep
+from apps.deployments import launching, sleeping, switch_back, switch_forward, switch_sleep
 from apps.deployments.decide import Act
 from apps.deployments.engine_http import ask
 from apps.deployments.memory import card_use
@@ -37,6 +37,7 @@ from apps.deployments.routes import route_table
 from apps.deployments.services import stop_request, switch_request
 from apps.jobs.handlers import JobFailed, LeaseLost
 from apps.jobs.models import LIVE_STATES, Job, JobState, StepState
+from apps.jobs.services import job_cancel
 from apps.profiles.models import Profile
 from apps.rigs.models import Gpu
 from apps.runners.processes import all_processes, send_signal
@@ -501,6 +502,24 @@ def test_what_does_not_wake_to_come_back_is_started_cold_and_nobody_wants_the_sl
     before.refresh_from_db()
     assert (before.status, before.desired) == (Status.STOPPED, "stopped")
     assert (deployment("day").status, deployment("day").desired) == (Status.READY, "serving")
+
+
+def test_a_way_back_that_is_cancelled_while_what_it_woke_is_found_dead_ends_in_order(
+    switch: Any, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch(sleeper("day"))
+    job = switch_request(profile=sleeper("broken", fail_phase="weights"), actor=actor_of(alice))
+
+    def die_first(_: Deployment, pause: Callable[[float], None]) -> str:
+        dies(deployment("day"))
+        job_cancel(Job.objects.get(pk=job.pk), actor=actor_of(alice))
+        pause(60)
+        return "not cancelled"
+
+    monkeypatch.setattr(switch_back, "smoke", die_first)
+    assert run(job).state == JobState.FAILED
+    assert "cancelled by alice" in job.summary
+    assert (deployment("day").status, deployment("day").desired) == (Status.FAILED, "stopped")
 
 
 @pytest.fixture

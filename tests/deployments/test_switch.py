@@ -18,7 +18,7 @@ from apps.audit.services import verify_chain
 from apps.common.actors import actor_of
 from apps.common.errors import Conflict
 from apps.common.identity import process_key
-from apps.deployments import launching, routes
+from apps.deployments import launching, routes, switch_back
 from apps.deployments.models import COMES_BACK, LIVE, Deployment, GpuReservation, RestartPolicy, Route, Status
 from apps.deployments.reconcile import reconcile
 from apps.deployments.routes import route_table
@@ -411,6 +411,25 @@ def test_the_way_back_can_be_cancelled(sim_rig: Any, alice: Any) -> None:
     assert not Job.objects.filter(state=JobState.QUEUED).exists()  # nobody wants it back
 
 
+def test_the_way_back_is_cancelled_for_good_also_before_the_engine_starts(
+    sim_rig: Any, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
+    job = switch_request(profile=simulated_profile("broken", fail_phase="weights"), actor=actor_of(alice))
+
+    def wait(_: Any, pause: Callable[[float], None]) -> str:
+        job_cancel(Job.objects.get(pk=job.pk), actor=actor_of(alice))
+        pause(PATIENCE_SECONDS)
+        return "not cancelled"
+
+    monkeypatch.setattr(switch_back, "wait_for_memory", wait)
+    assert "cancelled by alice" in run(job).summary
+    for _ in range(2):
+        reconcile()
+    assert not Job.objects.filter(state=JobState.QUEUED).exists()
+    assert not Deployment.objects.filter(status__in=LIVE).exists()
+
+
 def test_a_later_switch_cuts_the_way_back_short_and_owes_the_return(sim_rig: Any, alice: Any) -> None:
     run(switch_request(profile=simulated_profile("old", tp=2, load_seconds=4), actor=actor_of(alice)))
     broken = switch_request(profile=simulated_profile("broken", tp=4, fail_phase="weights"), actor=actor_of(alice))
@@ -422,6 +441,51 @@ def test_a_later_switch_cuts_the_way_back_short_and_owes_the_return(sim_rig: Any
     assert broken.superseded_by_id == later.pk
     assert run(later).state == JobState.SUCCEEDED
     assert serving() == ["later", "old"]
+
+
+def restoring(alice: Any) -> tuple[Job, threading.Thread, Deployment]:
+    """A switch to ``right`` that serves, and now loads ``left`` again, which the switch before it had stopped."""
+    run(switch_request(profile=simulated_profile("left", tp=2, load_seconds=4), actor=actor_of(alice)))
+    slow = switch_request(profile=simulated_profile("slow", load_seconds=60), actor=actor_of(alice))
+    thread = in_thread(slow)
+    eventually(lambda: loading("slow"), "slow loads")
+    job = switch_request(profile=simulated_profile("right", tp=2), actor=actor_of(alice))
+    thread.join(PATIENCE_SECONDS)
+    thread = in_thread(job)
+    eventually(lambda: loading("left"), "left comes back")
+    return job, thread, Deployment.objects.get(version__profile__slug="left", status=Status.LOADING)
+
+
+def test_what_is_brought_back_beside_the_new_model_can_be_stopped_while_it_loads(sim_rig: Any, alice: Any) -> None:
+    job, thread, coming = restoring(alice)
+    assert stop_request(deployment=coming, actor=actor_of(alice)) == job
+    thread.join(PATIENCE_SECONDS)
+    job.refresh_from_db()
+    assert job.state == JobState.SUCCEEDED
+    assert job.summary.endswith("Left was not brought back: cancelled by alice.")
+    coming.refresh_from_db()
+    assert (coming.status, coming.desired) == (Status.STOPPED, "stopped")
+    assert serving() == ["right"]
+    reconcile()
+    assert not Job.objects.filter(state=JobState.QUEUED).exists()
+
+
+def test_a_later_switch_does_not_wait_for_what_is_brought_back_and_leaves_it_its_wish(sim_rig: Any, alice: Any) -> None:
+    job, thread, coming = restoring(alice)
+    right = Profile.objects.get(slug="right")
+    add_version(right, tp=2, replicas=1, model=catalogue_model("right"))
+    later = switch_request(profile=right, actor=actor_of(alice))
+    thread.join(PATIENCE_SECONDS)
+    job.refresh_from_db()
+    assert job.state == JobState.SUCCEEDED
+    assert job.summary.endswith(f"Left was not brought back: superseded by job {later.pk}.")
+    coming.refresh_from_db()
+    assert (coming.status, coming.desired) == (Status.FAILED, "serving")
+    assert coming.status_reason == f"Its return gave way to job {later.pk}."
+    assert run(later).state == JobState.SUCCEEDED
+    reconcile()
+    assert run(Job.objects.get(state=JobState.QUEUED)).state == JobState.SUCCEEDED
+    assert serving() == ["left", "right"]
 
 
 def test_a_cancelled_switch_still_brings_the_old_model_back(sim_rig: Any, alice: Any) -> None:
