@@ -192,10 +192,11 @@ def stop_processes(deployment: Deployment) -> str:
 
 
 def stop_replicas(replicas: Iterable[Replica]) -> str:
-    """``stop_processes`` of these alone, which have an address each."""
+    """``stop_processes`` of these alone, which have an address each. One that did not begin yet does not begin later:
+    a worker may be just starting it, or what a killed one left behind."""
     ends = []
     for replica in replicas:
-        handle = handle_of(replica)
+        handle = handle_of(replica) or runner().withdraw(replica.launch_id)
         if handle is None:
             continue
         try:

@@ -30,13 +30,14 @@ def prune_launches(rig_name: str, **_: Any) -> int:
     """Receiver of the rig's hour. Returns how many folders went.
 
     Only what is on record as ended goes; a folder that no row knows may belong to a stray engine and is left alone."""
-    oldest, gone = timezone.now() - KEEP, 0
-    for index, (launch_id, ended_at) in enumerate(_ended(rig_name)):
-        handle = launching.runner().recover(launch_id)
-        if handle is None or (index < KEEP_NEWEST and ended_at > oldest):
+    oldest, kept, gone = timezone.now() - KEEP, 0, 0
+    for launch_id, ended_at in _ended(rig_name):
+        has_log = (settings.ENGINES_DIR / launch_id / "log").exists()  # else it never began, and somebody may still try
+        if ended_at > oldest and (kept < KEEP_NEWEST or not has_log):
+            kept += has_log
             continue
         try:
-            launching.runner().forget(handle)
+            launching.runner().forget(launch_id)
         except RunnerError as error:  # a process of it lives: it is shown as a stray
             log.warning("folder of an ended launch kept", launch=launch_id, error=str(error))
             continue

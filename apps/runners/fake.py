@@ -58,6 +58,7 @@ class FakeRunner:
     def __init__(self, root: object = None, scripts: dict[str, FakeScript] | None = None) -> None:
         self.scripts = scripts if scripts is not None else {}
         self.engines: dict[str, _Engine] = {}
+        self.withdrawn: set[str] = set()
         self._pids = itertools.count(100_000)
         self._lock = threading.Lock()
 
@@ -66,6 +67,8 @@ class FakeRunner:
         with self._lock:
             if spec.launch_id in self.engines:
                 return self.engines[spec.launch_id].handle
+            if spec.launch_id in self.withdrawn:
+                raise RunnerError(f"Launch {spec.launch_id} was given up before it began; start it anew.")
             script = self.scripts.get(spec.launch_id, FakeScript())
             if script.launch_error is not None:
                 raise RunnerError(script.launch_error)
@@ -85,6 +88,10 @@ class FakeRunner:
         if script.exit_code is not None:
             self.end(spec.launch_id, script.exit_code)
         return handle
+
+    def withdraw(self, launch_id: str) -> Handle | None:
+        self.withdrawn.add(launch_id)
+        return self.recover(launch_id)
 
     def recover(self, launch_id: str) -> Handle | None:
         engine = self.engines.get(launch_id)
@@ -131,11 +138,12 @@ class FakeRunner:
         data = bytes(engine.log[begin - engine.log_start :][:max_bytes])
         return LogChunk(data.decode(errors="replace"), begin + len(data))
 
-    def forget(self, handle: Handle) -> None:
-        engine = self._engine(handle)
+    def forget(self, launch_id: str) -> None:
+        engine = self.engines.get(launch_id)
         if engine is not None and (engine.leader_alive or engine.child_pids):
-            raise RunnerError(f"Launch {handle.launch_id} is still running; stop it first.")
-        self.engines.pop(handle.launch_id, None)
+            raise RunnerError(f"Launch {launch_id} is still running; stop it first.")
+        self.engines.pop(launch_id, None)
+        self.withdrawn.discard(launch_id)
 
     # -- what a test makes happen -----------------------------------------------------------
 

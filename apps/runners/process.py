@@ -48,6 +48,10 @@ INHERITED_ENVIRONMENT = (
 )
 
 
+class StillStarting(RunnerError):
+    """Nobody can tell yet whether an engine begins there."""
+
+
 class ProcessRunner:
     """``root`` holds one directory per launch; it is created 0700."""
 
@@ -60,19 +64,26 @@ class ProcessRunner:
 
     def launch(self, spec: LaunchSpec) -> Handle:
         """Start it. A launch that is already on record, living or ended, is returned as it is:
-        a task delivered twice must not start a second engine."""
+        a task delivered twice must not start a second engine. One that takes too long is withdrawn."""
         directory = launch_directory(self.root, spec.launch_id)
-        with self._locked(directory) as lock:
-            existing = self.recover(spec.launch_id)
-            if existing is not None:
-                return existing
-            environment = self._environment(spec)
-            _check_executable(spec, environment)
-            for stale in ("failed.json", "exit.json", "log", "log.json", "shim.log"):
-                (directory / stale).unlink(missing_ok=True)
-            _write(directory / "spec.json", _spec_record(spec, environment))
-            _write(directory / "secret.json", spec.secret_env)
-            self._start_shim(spec.launch_id, directory, lock)
+        try:
+            with self._locked(directory) as lock:
+                existing = self.recover(spec.launch_id)
+                if existing is not None:
+                    return existing
+                if (directory / shim.WITHDRAWN).exists():
+                    raise RunnerError(f"Launch {spec.launch_id} was given up before it began; start it anew.")
+                environment = self._environment(spec)
+                _check_executable(spec, environment)
+                for stale in ("failed.json", "exit.json", "log", "log.json", "shim.log"):
+                    (directory / stale).unlink(missing_ok=True)
+                _write(directory / "spec.json", _spec_record(spec, environment))
+                _write(directory / "secret.json", spec.secret_env)
+                self._start_shim(spec.launch_id, directory, lock)
+        except StillStarting:
+            if (begun := self.withdraw(spec.launch_id)) is not None:
+                self.stop(begun)
+            raise
         handle = self.recover(spec.launch_id)
         if handle is None:
             (directory / "secret.json").unlink(missing_ok=True)
@@ -84,7 +95,7 @@ class ProcessRunner:
         return {**inherited, **spec.env, LAUNCH_MARKER: spec.launch_id}
 
     def _start_shim(self, launch_id: str, directory: Path, lock: int) -> None:
-        """Returns when ``started.json`` or ``failed.json`` is there, or the shim has died."""
+        """Returns when ``started.json`` or ``failed.json`` is there, or the shim has died. Raises StillStarting."""
         with open(directory / "shim.log", "wb", opener=_private) as errors:
             try:
                 process = subprocess.Popen(
@@ -104,7 +115,9 @@ class ProcessRunner:
         try:
             process.communicate(timeout=SHIM_START_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise RunnerError(
+            process.kill()  # where even Python hangs; the second process, which has no name yet, ends by itself
+            process.stdout.close()  # type: ignore[union-attr]
+            raise StillStarting(
                 f"The engine's shim did not answer within {SHIM_START_SECONDS:.0f} s; "
                 "the machine is overloaded or its disk hangs. Look at the host, then try again."
             ) from error
@@ -112,7 +125,9 @@ class ProcessRunner:
     @contextlib.contextmanager
     def _locked(self, directory: Path) -> Iterator[int]:
         """Hold this launch's lock. The file may be deleted by ``forget`` while we wait for it,
-        so after getting the lock the path must still lead to the same file."""
+        so after getting the lock the path must still lead to the same file. A shim that hangs keeps it, when the
+        launcher is long dead: then StillStarting is raised."""
+        deadline = time.monotonic() + SHIM_START_SECONDS
         while True:
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,7 +140,7 @@ class ProcessRunner:
                     "Give this user the right to write there, or free some space."
                 ) from error
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _lock(descriptor, deadline, directory.name)
                 try:
                     same = os.path.samestat(os.fstat(descriptor), os.stat(directory / "lock"))
                 except FileNotFoundError:
@@ -135,6 +150,16 @@ class ProcessRunner:
                     return
             finally:
                 os.close(descriptor)
+
+    def withdraw(self, launch_id: str) -> Handle | None:
+        directory = launch_directory(self.root, launch_id)
+        # Where nothing can be written, no shim can put its engine on record either, and then it does not begin.
+        with contextlib.suppress(OSError):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (directory / shim.WITHDRAWN).touch(mode=0o600)
+        with contextlib.suppress(OSError):
+            (directory / "secret.json").unlink(missing_ok=True)
+        return self.recover(launch_id)
 
     # -- finding ----------------------------------------------------------------------------
 
@@ -301,15 +326,15 @@ class ProcessRunner:
         directory = Path(handle.directory)
         return read_log(directory, offset, max_bytes)
 
-    def forget(self, handle: Handle) -> None:
-        """Raises RunnerError while something of it is alive."""
-        directory = launch_directory(self.root, handle.launch_id)
+    def forget(self, launch_id: str) -> None:
+        directory = launch_directory(self.root, launch_id)
         if not directory.exists():
             return
         with self._locked(directory):
-            members = self._members(handle)
+            handle = self.recover(launch_id)
+            members = self._members(handle) if handle is not None else []
             if members:
-                raise RunnerError(f"Launch {handle.launch_id} is still running (pid {members[0].pid}); stop it first.")
+                raise RunnerError(f"Launch {launch_id} is still running (pid {members[0].pid}); stop it first.")
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -341,6 +366,20 @@ def _whole_characters(data: bytes) -> bytes:
         length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
         return data[:-back] if length > back else data
     return data
+
+
+def _lock(descriptor: int, deadline: float, launch_id: str) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StillStarting(
+                    f"Launch {launch_id} is being started for {SHIM_START_SECONDS:.0f} s already; "
+                    "the machine is overloaded or its disk hangs. Look at the host, then try again."
+                ) from None
+        time.sleep(POLL_SECONDS)
 
 
 def _private(path: str, flags: int) -> int:

@@ -106,7 +106,11 @@ class Runner(Protocol):
     name: str
 
     def launch(self, spec: LaunchSpec) -> Handle:
-        """Start it, or return the living launch of the same id. Raises RunnerError."""
+        """Start it, or return the living launch of the same id. Raises RunnerError; then no engine begins later."""
+
+    def withdraw(self, launch_id: str) -> Handle | None:
+        """See to it that this launch does not begin any more, whoever is just starting it; its handle where it has
+        begun already (stop that then). Idempotent."""
 
     def recover(self, launch_id: str) -> Handle | None:
         """Find a launch by its id after a restart that lost the handle; None if never launched."""
@@ -121,8 +125,8 @@ class Runner(Protocol):
     def logs(self, handle: Handle, offset: int = 0, max_bytes: int = 65536) -> LogChunk:
         """Read the engine's output from ``offset``; a negative offset counts from the end."""
 
-    def forget(self, handle: Handle) -> None:
-        """Delete the files of an ended launch."""
+    def forget(self, launch_id: str) -> None:
+        """Delete the files of an ended launch. Raises RunnerError while something of it is alive."""
 
 
 def launch_directory(root: Path, launch_id: str) -> Path:

@@ -18,6 +18,9 @@ The files of a launch, each written with write-then-rename:
 ``secret.json``   the secret part of the environment (0600; deleted as soon as it is read)
 ``started.json``  written by the engine's own process before it becomes the engine, so there is
                   no moment in which an engine runs that nobody can find
+``withdrawn``     written by whoever gives the launch up before it is on record. The engine's process looks for
+                  it after it has written ``started.json``, and whoever wrote it looks for that: one of them sees
+                  the other, however late the shim comes
 ``failed.json``   why it could not be executed at all
 ``exit.json``     the exit code as ``subprocess`` tells it, and when
 ``log``           the engine's output; ``log.json`` says what was cut away
@@ -37,6 +40,7 @@ BUSY_LOOK_SECONDS = 0.1
 BLOCK_BYTES = 4096  # holes are given back in whole blocks
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
+WITHDRAWN = "withdrawn"
 
 
 def write_json(path: str, value: object, mode: int = 0o600) -> None:
@@ -194,6 +198,8 @@ def become_engine(directory: str, spec: dict[str, object], environment: dict[str
             "started_at": time.time(),
         },
     )
+    if os.path.exists(os.path.join(directory, WITHDRAWN)):
+        raise RuntimeError("it was given up before it began")
     if spec.get("cwd"):
         os.chdir(str(spec["cwd"]))
     os.umask(0o022)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from apps.runners import shim
-from apps.runners.process import POLL_SECONDS, SHIM_START_SECONDS, ProcessRunner
+from apps.runners.process import POLL_SECONDS, SHIM_START_SECONDS, ProcessRunner, StillStarting
 from apps.runners.protocol import RunnerError
 
 UNIT_PREFIX = "rigpanel-engine-"
@@ -76,15 +76,17 @@ class SystemdRunner(ProcessRunner):
         command = start_command(launch_id, directory, user=self.user, python=sys.executable)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SHIM_START_SECONDS, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except OSError as error:
             raise RunnerError(f"systemd-run did not start a unit: {error}.") from error
-        if done.returncode != 0 and "already" not in done.stderr:
-            raise RunnerError(f"systemd-run did not start a unit: {done.stderr.strip() or done.returncode}.")
+        except subprocess.TimeoutExpired as error:
+            raise StillStarting(f"systemd-run did not start a unit: {error}.") from error
+        if done.returncode != 0 and "already" not in done.stderr:  # perhaps the manager only answered too late
+            raise StillStarting(f"systemd-run did not start a unit: {done.stderr.strip() or done.returncode}.")
         # A unit that is there already was started by a launcher that died before its shim was up.
         deadline = time.monotonic() + SHIM_START_SECONDS
         while not any((directory / name).exists() for name in ("started.json", "failed.json")):
             if time.monotonic() > deadline:
-                raise RunnerError(
+                raise StillStarting(
                     f"The unit {UNIT_PREFIX}{launch_id} did not start its engine; see {directory}/shim.log."
                 )
             time.sleep(POLL_SECONDS)

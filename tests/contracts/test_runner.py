@@ -190,7 +190,7 @@ def test_recover_finds_a_launch_by_its_id(rig: Harness) -> None:
 def test_a_forgotten_launch_is_no_longer_found(rig: Harness) -> None:
     handle = rig.launch("exits with 3")
     rig.wait_for_exit(handle)
-    rig.runner.forget(handle)
+    rig.runner.forget("launch-1")
     assert rig.runner.recover("launch-1") is None
     assert rig.runner.observe(handle).state is ProcessState.LOST
 
@@ -198,8 +198,25 @@ def test_a_forgotten_launch_is_no_longer_found(rig: Harness) -> None:
 def test_a_running_launch_cannot_be_forgotten(rig: Harness) -> None:
     handle = rig.launch_and_wait_until_up("runs")
     with pytest.raises(RunnerError, match="stop it first"):
-        rig.runner.forget(handle)
+        rig.runner.forget("launch-1")
     assert rig.runner.observe(handle).state is ProcessState.RUNNING
+
+
+def test_a_launch_that_was_withdrawn_does_not_begin_any_more(rig: Harness) -> None:
+    assert rig.runner.withdraw("launch-1") is None
+    assert rig.runner.withdraw("launch-1") is None
+    with pytest.raises(RunnerError, match="given up"):
+        rig.launch("runs")
+    assert rig.runner.recover("launch-1") is None
+    rig.runner.forget("launch-1")
+    assert rig.launch("runs").launch_id == "launch-1"
+
+
+def test_to_withdraw_what_has_begun_finds_it(rig: Harness) -> None:
+    handle = rig.launch("runs")
+    assert rig.runner.withdraw("launch-1") == handle
+    assert rig.runner.observe(handle).state is ProcessState.RUNNING
+    assert rig.launch("runs") == handle  # a task delivered twice
 
 
 @pytest.mark.parametrize("launch_id", ["", "../other", "a/b", "a b", "a\n"])

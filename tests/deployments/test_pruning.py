@@ -140,6 +140,23 @@ def test_one_that_lives_on_or_that_was_never_a_replicas_keeps_its_folder(sim_rig
             shutil.rmtree(folder)
 
 
+def test_what_never_began_goes_too_and_takes_nobodys_place(three: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    serves = Replica.objects.get(deployment__served_name="new")
+    marks = [f"d{serves.deployment_id}-r0-{n:06x}" for n in range(3)]
+    for launch_id in marks:
+        launching.runner().withdraw(launch_id)
+    assert prune_launches(settings.RIG_NAME) == 0
+    monkeypatch.setattr(pruning, "KEEP_NEWEST", 1)
+    newest = Replica.objects.filter(released_at__isnull=False).latest("released_at")
+    assert prune_launches(settings.RIG_NAME) == Replica.objects.filter(released_at__isnull=False).count() - 1
+    assert (settings.ENGINES_DIR / newest.launch_id).exists()
+    assert all((settings.ENGINES_DIR / launch_id).exists() for launch_id in marks), "somebody may wake up yet"
+    for launch_id in marks:
+        age(settings.ENGINES_DIR / launch_id, days=15)
+    assert prune_launches(settings.RIG_NAME) == len(marks)
+    assert not any((settings.ENGINES_DIR / launch_id).exists() for launch_id in marks)
+
+
 def test_another_rigs_launches_are_its_own_matter(three: None) -> None:
     ended_days_ago(15)
     assert prune_launches("elsewhere") == 0
