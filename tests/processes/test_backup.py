@@ -66,9 +66,12 @@ def test_a_panel_in_use_is_replaced_only_with_force_and_its_old_database_is_kept
     refused = panel.manage("restore", str(file))
     assert refused.returncode == 1
     assert "--force" in refused.stderr
+    draft = panel.data / "rigpanel.sqlite3.restoring"
+    draft.write_bytes(b"of a restore that was killed")
     forced = panel.manage("restore", str(file), "--force")
     assert forced.returncode == 0, forced.stderr
     assert rows(panel) == before
+    assert not draft.exists()
     assert len(list(panel.data.glob("rigpanel.sqlite3.before-restore-*"))) == 1
 
 
