@@ -401,6 +401,7 @@ def test_a_failure_is_recognised_below_its_wrapper(
     log = (
         "(APIServer pid=9) INFO 11-23 18:24:00 [api_utils.py:286] non-default args: {'gpu_memory_utilization': 0.9}\n"
         "(APIServer pid=9) INFO 11-23 18:24:05 [model.py:623] Resolved architecture: Qwen2ForCausalLM\n"
+        "(EngineCore pid=600) ERROR 11-23 18:24:33 [core.py:946] EngineCore failed to start.\n"
         f"(EngineCore pid=600) ERROR 11-23 18:24:33 [core.py:946] {line}\n"
         "(APIServer pid=9) RuntimeError: Engine core initialization failed. See root cause above. "
         "Failed core proc(s): {}\n"
@@ -479,6 +480,47 @@ def test_shared_memory_that_is_full_is_not_called_a_full_disk() -> None:
         assert found.cause is Cause.DISK_FULL
         assert "/dev/shm" in found.summary
         assert "--shm-size" in found.suggestion
+
+
+START = "(EngineCore pid=20622) ERROR 11-30 19:34:46 [core.py:1510] "
+WORKER_LOST = (
+    f"{START}EngineCore failed to start.\n"
+    f"{START}Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace "
+    "for root cause.\n"
+    "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
+)
+CORE_LOST = (
+    "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}\n"
+)
+LOST_LATER = (
+    "(EngineCore pid=6962) ERROR 11-30 19:29:49 [multiproc_executor.py:315] Worker proc VllmWorker-0 died unexpectedly "
+    "(exit code: None), shutting down executor.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (CORE_LOST, Cause.KILLED),
+        (CORE_LOST.replace("'EngineCore': -9", ""), Cause.CRASHED),  # vLLM looked before the kernel had the code
+        (WORKER_LOST, Cause.CRASHED),
+        (LOST_LATER, Cause.CRASHED),
+        # A worker that failed by itself says so, and then its own words count.
+        ("ERROR WorkerProc failed to start.\nERROR Exception: something new\n" + WORKER_LOST, Cause.UNKNOWN),
+        (
+            "ERROR EngineCore failed to start.\nERROR Exception: new\n" + CORE_LOST.replace("'EngineCore': -9", ""),
+            Cause.UNKNOWN,
+        ),
+    ],
+)
+def test_processes_that_sigkill_ended_under_a_real_vllm(log: str, cause: Cause) -> None:
+    """Recorded from 0.32 under kill -9 (the second and the last two: what its sources can make of it)."""
+    found = adapter.diagnose(log, 1)
+    assert found.cause is cause
+    if cause is not Cause.UNKNOWN:
+        assert "Out of memory" in found.suggestion
+        assert len(found.evidence) == 1
+        assert found.evidence[0] in log
 
 
 def test_a_process_that_the_kernel_ended_is_no_crash_and_does_not_hide_a_reason_above_it() -> None:

@@ -8,6 +8,7 @@ wrappers.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from apps.engines.diagnosis import DISK_FULL, Table, killed, words
 from apps.engines.protocol import Cause, Diagnosis
@@ -206,8 +207,14 @@ def _process_killed(match: re.Match[str]) -> Diagnosis:
 _engine_died = words(
     Cause.CRASHED,
     "One of vLLM's own processes died, and the server gave up.",
-    "Look at the lines before it in the log, and for Xid or out-of-memory lines in the kernel log.",
+    "Look for 'Out of memory' in the kernel log: the kernel ends a process so, without a word here. Else look there "
+    "for Xid lines, and in this log at the lines before it.",
 )
+
+
+def _died_at_start(match: re.Match[str]) -> Diagnosis:
+    return replace(_engine_died(match), evidence=(match[1].strip(),))
+
 
 _not_installed = words(
     Cause.ENGINE_MISSING,
@@ -352,6 +359,17 @@ TABLE: Table = (
     (
         re.compile(r"No module named '(?:vllm|torch)[^']*'|No package metadata was found for vllm"),
         _not_installed,
+    ),
+    # A process that fails by itself says so: where none did, it was ended. (An exit code is not always there in time.)
+    *(
+        (re.compile(rf"\A(?![\s\S]*(?:{said}|spawn_main))(?:[\s\S]*\n)?([^\n]*{line}[^\n]*)"), _died_at_start)
+        for said, line in (
+            (
+                r"WorkerProc failed to start|Process (?:VllmWorker|SpawnProcess)\S*:",
+                "WorkerProc initialization failed due to an exception in a background process",
+            ),
+            (r"EngineCore failed to start|Process EngineCore\w*:", r"Failed core proc\(s\): \{\}"),
+        )
     ),
     (
         re.compile(r"EngineDeadError|EngineCore encountered a fatal error|Worker proc \S+ died unexpectedly"),
