@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from django.db.models import Case, QuerySet, When
+
 from apps.common.errors import NotFound
 from apps.deployments.models import COMES_BACK, LIVE, SERVING, Deployment, Status
 from apps.deployments.restarting import coming_back
@@ -39,8 +41,12 @@ def serving_deployments(rig: Rig) -> list[Deployment]:
 
 def last_ended(rig: Rig) -> Deployment | None:
     """The deployment that ended last, for "failed" and "nothing serves" on the home page."""
+    return _ended(rig).order_by("-ended_at").first()
+
+
+def _ended(rig: Rig) -> QuerySet[Deployment]:
     ended = Deployment.objects.filter(rig=rig).exclude(status__in=LIVE).exclude(ended_at=None)
-    return ended.select_related(*_WITH).order_by("-ended_at").first()
+    return ended.select_related(*_WITH)
 
 
 def empty_because(rig: Rig) -> str:
@@ -50,14 +56,13 @@ def empty_because(rig: Rig) -> str:
     Every page shows it."""
     if Deployment.objects.filter(rig=rig, status__in=LIVE).exists():
         return ""
-    waits = Deployment.objects.filter(COMES_BACK, rig=rig).select_related(*_WITH).order_by("-ended_at").first()
-    if waits is not None:  # whatever ended after it
-        return f"{waits.profile_name}: {waits.status_reason or 'it failed.'} {coming_back(waits)}"
-    last = last_ended(rig)
+    # What comes back, whatever ended after it; in one query.
+    first = Case(When(COMES_BACK, then=0), default=1)
+    last = _ended(rig).order_by(first, "-ended_at").first()
     if last is None or last.status != Status.FAILED:
         return ""
-    why = last.status_reason or "it failed."
-    return f"{last.profile_name}: {why} Nothing is started by itself any more: switch to a model that works."
+    comes = coming_back(last) or "Nothing is started by itself any more: switch to a model that works."
+    return f"{last.profile_name}: {last.status_reason or 'it failed.'} {comes}"
 
 
 def deployment_get(reference: str | int) -> Deployment:

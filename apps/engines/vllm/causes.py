@@ -324,13 +324,13 @@ TABLE: Table = (
         re.compile(
             r"Unknown quantization method[^\n]*|Quantization method specified in the model config[^\n]*|"
             r"The quantization method \S+ is not supported for the current GPU[^\n]*|"
-            r"Cannot find the config file for \w+|\S+ quantization is currently not supported in [^\n]*"
+            r"Cannot find the config file for \w+|\S{1,60} quantization is currently not supported in [^\n]*"
         ),
         _quantization,
     ),
     (
         re.compile(
-            r"[^\n]*is not divisible by (?:weight )?(?:tensor parallel size|min_thread_[nk]|the group "
+            r"(?m:^[^\n]*is not divisible by) (?:weight )?(?:tensor parallel size|min_thread_[nk]|the group "
             r"size)[^\n]*|The (?:in|out)put size is not aligned with the quantized weight shape[^\n]*"
         ),
         _indivisible,
