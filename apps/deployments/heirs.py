@@ -37,6 +37,13 @@ def restart_of(job: Job) -> int | None:
     return next((died for earlier in same if (died := restart_of(earlier)) is not None), None)
 
 
+def asked_for(deployment_id: int) -> Job | None:
+    """The switch by which somebody asked for what runs now; None where it was only started again."""
+    switches = Job.objects.filter(kind="switch", deployment_id=deployment_id, state=JobState.SUCCEEDED)
+    last = switches.order_by("-pk").first()
+    return None if last is None or "restart_of" in last.data else last
+
+
 def _given_up_for(job: Job) -> QuerySet[Job]:
     """The jobs that it superseded. One that came to its end all the same has done what was asked, and owes nothing."""
     return job.supersedes.exclude(state=JobState.SUCCEEDED).order_by("pk")

@@ -18,6 +18,7 @@ from apps.deployments import routes
 from apps.deployments.cards_there import cards_lacking
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
 from apps.deployments.giving_up import claim, give_up
+from apps.deployments.heirs import asked_for
 from apps.deployments.models import (
     Deployment,
     DeploymentEvent,
@@ -29,7 +30,7 @@ from apps.deployments.policies.decide import Asker
 from apps.deployments.policies.verdicts import switch_verdict
 from apps.deployments.switch import exclusion
 from apps.jobs.estimates import typical_seconds
-from apps.jobs.models import LIVE_STATES, Job, JobState
+from apps.jobs.models import LIVE_STATES, Job
 from apps.jobs.services import job_create
 from apps.profiles.models import Profile
 from apps.rigs.models import Rig
@@ -116,13 +117,7 @@ def _asked_for_since(deployment: Deployment, profiles: Collection[int]) -> list[
     came_up = events.filter(pk__gt=died.pk, from_status__in=(Status.LOADING, Status.SLEEPING), to_status=Status.READY)
     # Those that have ended count too: what was asked for since may have died in its turn and run again as a restart.
     since = Deployment.objects.filter(pk__in=came_up.values("deployment"), version__profile__in=profiles)
-    names = set()
-    for other in since.select_related("version__profile"):
-        switches = Job.objects.filter(kind="switch", deployment_id=other.pk, state=JobState.SUCCEEDED)
-        last = switches.order_by("-pk").first()
-        if last is not None and "restart_of" not in last.data:
-            names.add(other.profile_name)
-    return sorted(names)
+    return sorted({other.profile_name for other in since.select_related("version__profile") if asked_for(other.pk)})
 
 
 def _last_ended(deployment: Deployment) -> datetime | None:

@@ -7,7 +7,7 @@ from typing import Any
 from django.db import transaction
 
 from apps.deployments import launching, routes, sleeping
-from apps.deployments.heirs import heir, inherited, restart_of, to_return
+from apps.deployments.heirs import asked_for, heir, inherited, restart_of, to_return
 from apps.deployments.memory import wait_for_memory
 from apps.deployments.models import COMING_UP, LIVE, SERVING, Deployment, Desired, Status
 from apps.deployments.plan import plan
@@ -161,7 +161,12 @@ def _return_version(ctx: JobContext, version: ProfileVersion, rig: Rig) -> None:
     the_plan = plan(version, rig)
     cards = [gpu for gpus in the_plan.replica_gpus for gpu in gpus]
     if why_not := why_not_back(ctx.job, deployment, cards, the_plan.in_the_way):
-        _give_back_up(deployment, why_not.message, {})
+        # This job may have waited, cancelled, while a later one ran: that ends the wish, as it would have later.
+        since = [d.profile_name for d in the_plan.in_the_way if (by := asked_for(d.pk)) and by.pk > ctx.job.pk]
+        if since:
+            stop_now(deployment, f"{', '.join(since)} was asked for since and runs in its place.")
+        else:
+            _give_back_up(deployment, why_not.message, {})
         raise why_not
     if asleep is not None and asleep.status == Status.SLEEPING:
         stop_now(asleep, "a card of it pauses, and it is started on others")

@@ -19,7 +19,16 @@ from apps.common.actors import actor_of
 from apps.common.errors import Conflict
 from apps.common.identity import process_key
 from apps.deployments import launching, routes, switch_back
-from apps.deployments.models import COMES_BACK, LIVE, Deployment, GpuReservation, RestartPolicy, Route, Status
+from apps.deployments.models import (
+    COMES_BACK,
+    LIVE,
+    Deployment,
+    Desired,
+    GpuReservation,
+    RestartPolicy,
+    Route,
+    Status,
+)
 from apps.deployments.reconcile import reconcile
 from apps.deployments.routes import route_table
 from apps.deployments.services import cut_request, stop_request, switch_request
@@ -305,6 +314,23 @@ def test_a_queued_successor_that_is_cancelled_still_brings_back_what_served(sim_
     assert "Brought back Old." in later.summary
     assert serving() == ["old"]
     assert [(r.served_name, r.state) for r in Route.objects.all()] == [("old", "open")]
+
+
+def test_what_ran_before_the_cancelled_switch_had_its_turn_ends_the_wish_that_it_owes(sim_rig: Any, alice: Any) -> None:
+    run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
+    slow = switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice))
+    thread = in_thread(slow)
+    eventually(lambda: loading("slow"), "slow loads")
+    later = switch_request(profile=simulated_profile("later"), actor=actor_of(alice))
+    job_cancel(later, actor=actor_of(alice))
+    newer = switch_request(profile=simulated_profile("newer"), actor=actor_of(alice))
+    thread.join(PATIENCE_SECONDS)
+    assert run(newer).state == JobState.SUCCEEDED
+    assert run(later).state == JobState.CANCELLED
+    assert serving() == ["newer"]
+    old = Deployment.objects.filter(version__profile__slug="old").latest("pk")
+    assert (old.status, old.desired) == (Status.STOPPED, Desired.STOPPED)
+    assert old.status_reason == "Newer was asked for since and runs in its place."
 
 
 def test_of_three_clicks_the_last_one_owes_the_return_of_what_the_first_one_stopped(sim_rig: Any, alice: Any) -> None:
