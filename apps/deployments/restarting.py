@@ -15,7 +15,6 @@ from django.utils import timezone
 
 from apps.common.actors import PANEL
 from apps.deployments import routes
-from apps.deployments.cards_there import cards_lacking
 from apps.deployments.decide import Act, Decision, Observation, Policy, decide
 from apps.deployments.giving_up import claim, give_up
 from apps.deployments.heirs import asked_for
@@ -99,8 +98,6 @@ def coming_back(deployment: Deployment) -> str:
 
 def _hindered(deployment: Deployment) -> tuple[str, str]:
     """Why its restart would be refused now, and who was asked for since in its place; mostly nothing of both."""
-    if lacking := cards_lacking(deployment.version, deployment.rig):
-        return lacking, ""
     rig = deployment.rig
     verdict = switch_verdict(deployment.version, rig, asker=Asker.RESTART, asker_pk=None)
     return verdict.why, ", ".join(_asked_for_since(deployment, verdict.taken_by)) if verdict.taken_by else ""

@@ -163,6 +163,13 @@ def test_the_way_home_waits_for_a_missing_card_without_using_up_its_tries(quad: 
     assert Job.objects.get().profile_slug == "coder"
 
 
+def test_a_request_for_what_lacks_a_card_is_told_so_and_makes_no_job(quad: Any, bob: Any) -> None:
+    simulated_profile("coder", tp=4, members_may_switch=True)
+    quad.gpus.filter(index=3).update(present=False)
+    assert granted(Wish("coder", bob.pk)).refused.startswith("Not switched: GPU 3 is missing.")
+    assert not Job.objects.exists()
+
+
 def test_neither_does_a_restart(quad: Any, degrees: dict[int, float]) -> None:
     deployment = hot(quad, degrees)
     Deployment.objects.filter(pk=deployment.pk).update(status=Status.FAILED, desired=Desired.SERVING)
@@ -601,7 +608,9 @@ def test_while_the_cards_cannot_be_read_nothing_is_switched_to_them_and_the_wish
     beside = lies_on(quad, "beside", 2, 3)
     hardware_failed(quad, "nvml", "Driver/library version mismatch. Restart the machine.")
     for profile in (died.version.profile, simulated_profile("whole", tp=4)):
-        job = begun(switch_request(profile=profile, actor=PANEL, rig=quad, asker=Asker.CLOCK))
+        with pytest.raises(Conflict, match="Not switched: the cards cannot be read"):
+            switch_request(profile=profile, actor=PANEL, rig=quad, asker=Asker.CLOCK)
+        job = begun(switch_request(profile=profile, actor=PANEL, rig=quad))
         assert job.summary == (
             f"{profile} cannot start on {quad}: The cards cannot be read: "
             "Driver/library version mismatch. Restart the machine. Nothing was stopped."

@@ -302,10 +302,7 @@ def loading(slug: str) -> bool:
 
 
 def test_a_queued_successor_that_is_cancelled_still_brings_back_what_served(sim_rig: Any, alice: Any) -> None:
-    run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
-    slow = switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice))
-    thread = in_thread(slow)
-    eventually(lambda: loading("slow"), "slow loads")
+    thread = old_gives_way_to_slow(alice)
     later = switch_request(profile=simulated_profile("later"), actor=actor_of(alice))
     job_cancel(later, actor=actor_of(alice))
     thread.join(PATIENCE_SECONDS)
@@ -317,10 +314,7 @@ def test_a_queued_successor_that_is_cancelled_still_brings_back_what_served(sim_
 
 
 def test_what_ran_before_the_cancelled_switch_had_its_turn_ends_the_wish_that_it_owes(sim_rig: Any, alice: Any) -> None:
-    run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
-    slow = switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice))
-    thread = in_thread(slow)
-    eventually(lambda: loading("slow"), "slow loads")
+    thread = old_gives_way_to_slow(alice)
     later = switch_request(profile=simulated_profile("later"), actor=actor_of(alice))
     job_cancel(later, actor=actor_of(alice))
     newer = switch_request(profile=simulated_profile("newer"), actor=actor_of(alice))
@@ -333,11 +327,16 @@ def test_what_ran_before_the_cancelled_switch_had_its_turn_ends_the_wish_that_it
     assert old.status_reason == "Newer was asked for since and runs in its place."
 
 
-def test_of_three_clicks_the_last_one_owes_the_return_of_what_the_first_one_stopped(sim_rig: Any, alice: Any) -> None:
+def old_gives_way_to_slow(alice: Any) -> threading.Thread:
+    """``old`` has been stopped, and ``slow`` loads in its place, for longer than anybody waits."""
     run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
-    slow = switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice))
-    thread = in_thread(slow)
+    thread = in_thread(switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice)))
     eventually(lambda: loading("slow"), "slow loads")
+    return thread
+
+
+def test_of_three_clicks_the_last_one_owes_the_return_of_what_the_first_one_stopped(sim_rig: Any, alice: Any) -> None:
+    thread = old_gives_way_to_slow(alice)
     second = switch_request(profile=simulated_profile("second"), actor=actor_of(alice))
     third = switch_request(profile=simulated_profile("third", fail_phase="weights"), actor=actor_of(alice))
     thread.join(PATIENCE_SECONDS)
@@ -348,10 +347,7 @@ def test_of_three_clicks_the_last_one_owes_the_return_of_what_the_first_one_stop
 
 
 def test_a_successor_that_cannot_even_be_planned_brings_back_what_served(sim_rig: Any, alice: Any) -> None:
-    run(switch_request(profile=simulated_profile("old"), actor=actor_of(alice)))
-    slow = switch_request(profile=simulated_profile("slow", load_seconds=30), actor=actor_of(alice))
-    thread = in_thread(slow)
-    eventually(lambda: loading("slow"), "slow loads")
+    thread = old_gives_way_to_slow(alice)
     wide = switch_request(profile=simulated_profile("wide", tp=4, replicas=2), actor=actor_of(alice))
     thread.join(PATIENCE_SECONDS)
     assert run(wide).state == JobState.FAILED

@@ -179,7 +179,7 @@ def may_switch(
     awake = [d for d in in_the_way if not d.asleep]
     if asker is Asker.RESTART and awake:
         why = in_its_place([d.profile_name for d in awake])
-        return _refused(what, why, "replaced", taken_by=tuple(d.profile_id for d in awake))
+        return refused(what, why, "replaced", taken_by=tuple(d.profile_id for d in awake))
     binding = tuple(
         pin
         for pin in pins
@@ -192,11 +192,11 @@ def may_switch(
     if found and not (says_so and (override or all(key in passing for key in found))):
         told = "; ".join(filter(None, (_pinned(binding, now, zone), *(card.words(now, zone) for card in cards))))
         code = "pinned" if binding else "card_paused"
-        return _refused(what, told, code, overridable=says_so, overridden=binding, cards=tuple(cards))
+        return refused(what, told, code, overridable=says_so, overridden=binding, cards=tuple(cards))
     theirs = scheduled is not None and any(d.profile_id == scheduled.profile_id for d in replaced)
     if asker is Asker.AUTOMATIC and scheduled is not None and theirs:
         until = clock(scheduled.until, now, zone)
-        return _refused(what, f"the calendar gives these hours to {scheduled.profile_name}, until {until}", "scheduled")
+        return refused(what, f"the calendar gives these hours to {scheduled.profile_name}, until {until}", "scheduled")
     if asker.waits_for_residents and minimum_residency_seconds > 0:
         for one in replaced:
             if one.since is None or one.since > now:  # the clock was set back since: nobody waits for hours
@@ -204,7 +204,7 @@ def may_switch(
             free_at = one.since + timedelta(seconds=minimum_residency_seconds)
             if free_at > now:
                 served = seconds((now - one.since).total_seconds())
-                return _refused(
+                return refused(
                     what,
                     f"{one.profile_name} has served for {served} only, and each model stays at least "
                     f"{seconds(minimum_residency_seconds)} (until {clock(free_at, now, zone)})",
@@ -213,7 +213,8 @@ def may_switch(
     return Verdict(True, overridden=binding, cards=tuple(cards))
 
 
-def _refused(what: str, why: str, code: str, **more: Any) -> Verdict:
+def refused(what: str, why: str, code: str, **more: Any) -> Verdict:
+    """``what`` was not done: *switched*, *stopped*, *restarted*."""
     return Verdict(False, f"Not {what}: {why}.", code, why, **more)
 
 

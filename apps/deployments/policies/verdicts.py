@@ -11,9 +11,10 @@ from apps.audit.services import record
 from apps.common.actors import Actor
 from apps.common.errors import Conflict
 from apps.common.roles import Role
+from apps.deployments.cards_there import cards_lacking
 from apps.deployments.models import LIVE, Deployment, Status
 from apps.deployments.pauses import paused_cards
-from apps.deployments.policies.decide import Asker, InTheWay, PausedCard, Verdict, may_switch
+from apps.deployments.policies.decide import Asker, InTheWay, PausedCard, Verdict, may_switch, refused
 from apps.deployments.policies.selectors import pin_facts, policy_of, slot_now
 from apps.deployments.switch_sleep import effect_of
 from apps.profiles.models import ProfileVersion
@@ -34,7 +35,12 @@ def switch_verdict(
     passing: Collection[str] = (),
     exclusive: bool = False,
 ) -> Verdict:
-    """Whether a switch to this version may happen now, and why not; for the last arguments see ``may_switch``."""
+    """Whether a switch to this version may happen now, and why not; for the last arguments see ``may_switch``.
+
+    What the panel does by itself waits for cards that are missing or cannot be read: a job that fails for them would be
+    one of few tries. People are told by the plan."""
+    if asker not in (Asker.OPERATOR, Asker.MEMBER) and (lacking := cards_lacking(version, rig)):
+        return refused("restarted" if asker is Asker.RESTART else "switched", lacking, "cards_lacking")
     if not _anything_binds(rig, asker):
         return Verdict(True)
     effect = effect_of(version, rig, exclusive=exclusive, keep=pinned_profiles(rig))
